@@ -1,0 +1,135 @@
+"""From the command line and YAML to a checked :class:`Config`: ``--config file.yaml`` first, single options over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_bliss.baselines import BASELINES
+from megatron_bliss.config import Config, ModelConfig
+from megatron_bliss.data.manifest import check_same_tokenizer
+
+ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "evaluate")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line (``sys.argv`` by default) into a checked configuration.
+
+    Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations that
+    cannot work.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
+    parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(Config, as_group=False, fail_untyped=True)
+    namespace = parser.parse_args(arguments)
+    namespace.pop("config", None)
+    config = Config(**vars(parser.instantiate(namespace)))
+    check(config)
+    return config
+
+
+def arm_names(config: Config) -> list[str]:
+    """The arms of a run in the order given."""
+    return [name.strip() for name in config.arms.split(",") if name.strip()]
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before any work; errors name the option to change."""
+    _check_run(config)
+    _check_sizes(config)
+    _check_data(config)
+
+
+def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> None:
+    """Refuse batch sizes that the ranks cannot share."""
+    training = config.pretraining
+    if training.global_batch_size % (training.micro_batch_size * data_parallel_size):
+        raise ValueError(
+            f"found pretraining.global_batch_size {training.global_batch_size}, expected a multiple of "
+            f"pretraining.micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
+        )
+    for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if value < world_size:
+            raise ValueError(f"found {name} {value} on {world_size} ranks, expected at least one sample per rank")
+
+
+def to_dict(config: Config) -> dict:
+    """The configuration as plain nested dicts."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _check_run(config: Config) -> None:
+    if not config.run_folder:
+        raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
+    known = ("bliss", *BASELINES)
+    unknown = [name for name in arm_names(config) if name not in known]
+    if unknown or not arm_names(config):
+        raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}: set --arms")
+    if config.rounds < 1:
+        raise ValueError(f"found rounds {config.rounds}, expected at least 1")
+    if config.stage is None and (config.round is not None or config.arm is not None):
+        raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
+    if config.stage in ROUND_STAGES:
+        if config.round is None or not 1 <= config.round <= config.rounds:
+            raise ValueError(f"found round {config.round} for --stage {config.stage}, expected --round 1..{config.rounds}")
+        if config.arm not in arm_names(config):
+            raise ValueError(f"found arm {config.arm!r} for --stage {config.stage}, expected --arm among {config.arms}")
+
+
+def _check_sizes(config: Config) -> None:
+    positive = {
+        "data.seq_length": config.data.seq_length,
+        "bilevel.upper_iters": config.bilevel.upper_iters,
+        "bilevel.lower_iters": config.bilevel.lower_iters,
+        "bilevel.global_batch_size": config.bilevel.global_batch_size,
+        "bilevel.solver_steps": config.bilevel.solver_steps,
+        "scoring.micro_batch_size": config.scoring.micro_batch_size,
+        "pretraining.warmup_iters": config.pretraining.warmup_iters,
+        "pretraining.train_iters": config.pretraining.train_iters,
+        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
+        "pretraining.eval_interval": config.pretraining.eval_interval,
+        "checkpoint.save_interval": config.checkpoint.save_interval,
+        "logging.log_interval": config.logging.log_interval,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"found {name} {value}, expected 1 or more")
+    if not 0 < config.selection.fraction <= 1:
+        raise ValueError(f"found selection.fraction {config.selection.fraction}, expected a share in (0, 1]")
+    for name in ("kl_weight", "l2_weight", "damping"):
+        if getattr(config.bilevel, name) < 0:
+            raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
+    for name in ("target", "proxy"):
+        _check_model(name, getattr(config, name))
+
+
+def _check_model(name: str, model: ModelConfig) -> None:
+    if model.preset is None and None in (model.architecture, model.num_layers, model.hidden_size, model.num_attention_heads):
+        raise ValueError(
+            f"found no size for the {name}, expected {name}.preset or all of {name}.architecture, {name}.num_layers, "
+            f"{name}.hidden_size, {name}.num_attention_heads"
+        )
+
+
+def _check_data(config: Config) -> None:
+    prefixes = {"data.train_prefix": config.data.train_prefix, "data.validation_prefix": config.data.validation_prefix}
+    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(config.data.test_prefixes)}
+    if not config.data.test_prefixes:
+        raise ValueError("found no data.test_prefixes, expected at least one held-out set to measure the arms on")
+    for name, prefix in prefixes.items():
+        if not prefix or not Path(f"{prefix}.idx").is_file():
+            raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
+        check_same_tokenizer(config.data.train_prefix, prefix)

@@ -1,0 +1,274 @@
+"""Every option of a run: frozen dataclasses, one section per part, filled from YAML and the command line.
+
+The text under a field is its ``--help``. Field names follow Megatron-LM where it has the option. A module of the
+package receives its own section, never the whole :class:`Config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+
+@dataclass(frozen=True)
+class PlatformConfig:
+    """Where and in which precision a run computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA with NCCL when there is a GPU, else the CPU with gloo."""
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the target's forward and backward pass; master weights and gradients stay fp32."""
+    distributed_timeout_minutes: float = 30.0
+    """A collective that waits longer than this ends the run with an error on every rank."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels, so that two runs agree bit for bit."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus to choose from and the sets to measure on."""
+
+    train_prefix: str = ""
+    """Corpus to choose from: path without .bin/.idx, made by tools/preprocess_data.py."""
+    validation_prefix: str = ""
+    """Validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
+    test_prefixes: list[str] = field(default_factory=list)
+    """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
+    seq_length: int = 1024
+    """Tokens per sample of the target; longer units are cut for the proxy and the score model."""
+    shard_by: Literal["random", "range"] = "random"
+    """How units are dealt to the disjoint shards of warm-up and rounds: at random (seeded) or in index order."""
+    num_workers: int = 0
+    """Loader processes per rank for the target's data (0: in the training process)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An architecture: a preset by name, any field of which can be overridden, or a custom one from sizes."""
+
+    preset: Optional[str] = None
+    """Name of a published size (see megatron_bliss/models/presets.py), such as pythia-31m; none: give the sizes."""
+    architecture: Optional[Literal["gpt_neox", "llama"]] = None
+    """Block family: gpt_neox (parallel residual, LayerNorm, GELU) or llama (RMSNorm, SwiGLU, grouped queries)."""
+    num_layers: Optional[int] = None
+    """Transformer blocks."""
+    hidden_size: Optional[int] = None
+    """Width of the residual stream."""
+    ffn_hidden_size: Optional[int] = None
+    """Width inside the feed-forward part (default 4 x hidden_size for gpt_neox, 8/3 of it for llama)."""
+    num_attention_heads: Optional[int] = None
+    """Query heads."""
+    num_query_groups: Optional[int] = None
+    """Key-value heads (default: as many as query heads)."""
+    rotary_percent: Optional[float] = None
+    """Share of each head that is rotated (default 0.25 for gpt_neox, 1 for llama)."""
+    rotary_base: Optional[float] = None
+    """Base of the rotary frequencies (default 10000)."""
+    norm_epsilon: Optional[float] = None
+    """Epsilon of LayerNorm or RMSNorm (default 1e-5)."""
+    untie_embeddings_and_output_weights: Optional[bool] = None
+    """Separate input embedding and output matrix (default: yes)."""
+
+
+@dataclass(frozen=True)
+class TargetConfig(ModelConfig):
+    """The LLM that is being pre-trained: a megatron-core GPTModel under tensor and pipeline parallelism."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share one layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence inside a tensor-parallel group."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with gradient clipping."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "cosine"] = "constant"
+    """What happens to the learning rate after warm-up."""
+    lr_warmup_iters: int = 0
+    """Iterations over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (not on norms and biases)."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm (0: no clipping)."""
+
+
+@dataclass(frozen=True)
+class ProxyConfig(ModelConfig):
+    """The small LM on which the lower level is solved."""
+
+    warmup_iters: int = 1000
+    """Plain next-token training steps on the warm-up shard before the first round."""
+    warmup_batch_size: int = 32
+    """Samples per warm-up step, over all ranks."""
+    warmup_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser of the proxy's warm-up."""
+    restart_each_round: bool = True
+    """Every round starts from the warmed-up proxy (the paper's choice); false: from the last round's proxy."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The score model: the proxy's trunk, a masked mean over tokens and one linear unit (eq. 1)."""
+
+    activation: Literal["sigmoid", "identity"] = "sigmoid"
+    """a in s_i = a(f(theta_s; xi_i))."""
+    init_from: Literal["proxy", "fresh"] = "proxy"
+    """Trunk at the first round: the warmed-up proxy's, or newly initialised."""
+    carry_over: bool = True
+    """Each round goes on with the last round's score model; false: start anew each round."""
+    head_init_std: float = 0.0
+    """Standard deviation of the linear unit's initial weights; 0 starts from equal scores."""
+
+
+@dataclass(frozen=True)
+class BilevelConfig:
+    """The bilevel stage: equations (1) to (7) of BLISS (arXiv 2510.06048)."""
+
+    upper_iters: int = 3000
+    """Upper-level steps a round."""
+    lower_iters: int = 1
+    """T, lower-level steps of the proxy per upper-level step."""
+    global_batch_size: int = 32
+    """|B|, samples per step over all ranks: the softmax of eq. (2) runs over all of them."""
+    micro_batch_size: int = 0
+    """Samples that are on a device at once inside a step (0: all that the rank owns)."""
+    validation_batch_size: int = 32
+    """Validation samples per upper-level step over all ranks (eq. 4)."""
+    kl_weight: float = 0.01
+    """gamma, weight of the KL term that ties the proxy to the frozen target (0: no target forward at all)."""
+    kl_direction: Literal["proxy_to_target", "target_to_proxy"] = "proxy_to_target"
+    """KL(proxy || target) as the paper writes it, or KL(target || proxy) as its released code computes it."""
+    l2_weight: float = 1e-7
+    """lambda, weight of ||theta_p||^2 in the lower level."""
+    solver: Literal["sgd", "conjugate_gradient", "neumann", "identity"] = "sgd"
+    """How eq. (5) is solved: sgd takes one warm-started step a batch; identity takes z = grad Phi (an ablation)."""
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    """C in eq. (5): the positive semi-definite Gauss-Newton matrix, or the Hessian (the paper)."""
+    damping: float = 0.05
+    """delta in (C + delta I) z = grad Phi."""
+    solver_steps: int = 1
+    """Products per upper-level step."""
+    solver_max_step_size: float = 1.0
+    """Largest step eta of the sgd solver, which takes min(this, 0.5 / (largest eigenvalue seen + delta))."""
+    proxy_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, lr_decay_style="cosine"))
+    """Optimiser of the lower level."""
+    score_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, lr_decay_style="cosine"))
+    """Optimiser of the upper level."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """One forward pass of the score model over a shard."""
+
+    micro_batch_size: int = 64
+    """Units per forward pass and rank."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which units of a scored shard the target trains on."""
+
+    fraction: float = 0.2
+    """Share of units kept: those with the highest scores."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """The target's training: one warm-up segment and one segment per round."""
+
+    warmup_iters: int = 10000
+    """Iterations on the random warm-up shard, shared by all arms."""
+    train_iters: int = 10000
+    """Iterations a round on the selection."""
+    micro_batch_size: int = 8
+    """Samples of one forward pass of one model replica."""
+    global_batch_size: int = 512
+    """Samples per iteration over all replicas."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr_warmup_iters=2000))
+    """Optimiser and learning-rate schedule over all segments together."""
+    use_distributed_optimizer: bool = True
+    """Shard optimiser states over data-parallel ranks."""
+    eval_interval: int = 1000
+    """Iterations between evaluations on data.test_prefixes."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Loss of the target on data.test_prefixes."""
+
+    micro_batch_size: int = 16
+    """Samples of one forward pass."""
+    max_samples: int = 0
+    """Samples used per test set (0: all)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a stage saves its state."""
+
+    save_interval: int = 500
+    """Steps between checkpoints inside a stage; a killed run goes on from the last one."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written and shown while a run goes on."""
+
+    log_interval: int = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    progress: Literal["auto", "none"] = "auto"
+    """Progress bars: auto draws them on a terminal and prints a line now and then elsewhere."""
+    tensorboard: bool = True
+    """Also write tensorboard/ in the run folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Choose pre-training data by bilevel optimisation and pre-train a target on it."""
+
+    run_folder: str = ""
+    """Everything a run writes goes here; running the same command again continues an unfinished run."""
+    seed: int = 1234
+    """Seed of initial weights, data order and random selection."""
+    arms: str = "bliss,random"
+    """Comma-separated selection methods, each with its own target: bliss, random."""
+    rounds: int = 4
+    """R, rounds of [bilevel, score, select, pretrain, evaluate] after the warm-up."""
+    stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "evaluate"]] = None
+    """Run this stage alone (its inputs must be finished)."""
+    round: Optional[int] = None
+    """With --stage: the round, counted from 1."""
+    arm: Optional[str] = None
+    """With --stage: the arm."""
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,274 @@
+"""Megatron's indexed datasets ``X.bin`` + ``X.idx``: read, validate, write.
+
+The index, little-endian: ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 S sequences, u64 D = documents + 1,
+int32[S] lengths in tokens, int64[S] pointers in bytes into ``.bin``, int64[D] first sequence of each document with S as
+the last entry. A *unit* is one sequence of the index: what is scored and selected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megatron_bliss.files import publish
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+VERSION = 1
+TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+UINT16_LIMIT = 65500  # megatron-core's own limit in DType.optimal_dtype
+BLOCK = 1 << 20  # units handled at once where temporaries are made
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron stores ids of this vocabulary in: uint16 below 65,500 ids, else int32."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
+
+
+def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover ``range(count)`` in order."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+class IndexedCorpus:
+    """Memory-mapped reader of one ``.bin``/``.idx`` pair.
+
+    ``lengths`` int32[S] (tokens), ``pointers`` int64[S] (bytes) and ``document_indices`` int64[D] are read-only views of
+    the mapped index. They are not aligned in memory: copy one before heavy arithmetic on it.
+
+    Raises ValueError when the index is not one or does not fit its ``.bin``; nothing is allocated by what a header
+    claims before that claim has been held against the file's size.
+    """
+
+    def __init__(self, prefix: str | os.PathLike) -> None:
+        self.prefix = str(prefix)
+        self.index_path, self.bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        for path in (self.index_path, self.bin_path):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(
+                    f"{path} does not exist; give the prefix of a .bin/.idx pair, without the suffix"
+                )
+        self._map_index()
+        self._map_tokens()
+        self._check_arrays()
+
+    def _map_index(self) -> None:
+        size = os.path.getsize(self.index_path)
+        if size < HEADER.size:
+            raise self._damaged(f"{size} bytes, expected at least the header's {HEADER.size}")
+        with open(self.index_path, "rb") as stream:
+            magic, version, code, sequences, documents = HEADER.unpack(stream.read(HEADER.size))
+        if magic != MAGIC:
+            raise self._damaged(f"starts with {magic!r}, expected {MAGIC!r}")
+        if version != VERSION:
+            raise self._damaged(f"version {version}, expected {VERSION}")
+        if code not in TOKEN_DTYPES:
+            raise self._damaged(f"dtype code {code}, expected an integer type, one of {sorted(TOKEN_DTYPES)}")
+        expected = HEADER.size + 12 * sequences + 8 * documents  # Python integers: no overflow
+        if documents < 1 or size not in (expected, expected + sequences):  # one mode byte per sequence may follow
+            raise self._damaged(
+                f"{size} bytes, but {sequences} sequences and {documents} document entries take {expected}"
+            )
+        self.dtype = np.dtype(TOKEN_DTYPES[code]).newbyteorder("<")
+        buffer = np.asarray(np.memmap(self.index_path, mode="r", dtype=np.uint8))
+        lengths_end = HEADER.size + 4 * sequences
+        self.lengths = buffer[HEADER.size : lengths_end].view("<i4")
+        self.pointers = buffer[lengths_end : lengths_end + 8 * sequences].view("<i8")
+        self.document_indices = buffer[lengths_end + 8 * sequences : expected].view("<i8")
+
+    def _map_tokens(self) -> None:
+        self.bin_bytes = os.path.getsize(self.bin_path)
+        if self.bin_bytes % self.dtype.itemsize:
+            raise ValueError(
+                f"{self.bin_path} has {self.bin_bytes} bytes, expected a multiple of {self.dtype.itemsize} "
+                f"({self.dtype.name} tokens); it is truncated or of another index: make it again"
+            )
+        empty = np.zeros(0, self.dtype)
+        self.tokens = np.asarray(np.memmap(self.bin_path, mode="r", dtype=self.dtype)) if self.bin_bytes else empty
+
+    def _check_arrays(self) -> None:
+        itemsize = self.dtype.itemsize
+        for part in blocks(len(self)):
+            lengths, pointers = self.lengths[part].astype(np.int64), self.pointers[part].astype(np.int64)
+            if lengths.min() < 0:
+                unit = part.start + int(lengths.argmin())
+                raise self._damaged(f"sequence {unit} has length {lengths.min()}, expected 0 or more")
+            if pointers.min() < 0 or (pointers % itemsize).any():
+                unit = part.start + int(np.argmax((pointers < 0) | (pointers % itemsize != 0)))
+                raise self._damaged(
+                    f"sequence {unit} starts at byte {self.pointers[unit]}, expected 0, {itemsize}, ..."
+                )
+            room = (self.bin_bytes - pointers) // itemsize - lengths
+            if room.min() < 0:
+                unit = part.start + int(room.argmin())
+                raise ValueError(
+                    f"{self.bin_path} has {self.bin_bytes} bytes, but sequence {unit} of its index needs "
+                    f"{self.lengths[unit]} tokens from byte {self.pointers[unit]} on; "
+                    "the file is truncated or of another index: make it again"
+                )
+        documents = self.document_indices
+        if documents[0] != 0 or documents[-1] != len(self):
+            raise self._damaged(f"documents from {documents[0]} to {documents[-1]}, expected 0 to {len(self)}")
+        for part in blocks(len(documents) - 1):
+            if (documents[part.start + 1 : part.stop + 1] < documents[part]).any():
+                raise self._damaged("document indices that decrease")
+
+    def _damaged(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self.index_path} is not a usable index: {found}; it is damaged or incomplete: make it again"
+        )
+
+    def __reduce__(self):
+        """Pickle as the path: another process maps the files again instead of receiving their content."""
+        return IndexedCorpus, (self.prefix,)
+
+    def __len__(self) -> int:
+        """Number of units."""
+        return len(self.lengths)
+
+    def __getitem__(self, unit: int) -> np.ndarray:
+        """Tokens of one unit, a read-only view of the mapped ``.bin``."""
+        if not 0 <= unit < len(self):
+            raise IndexError(f"unit {unit} of {self.prefix}, expected 0 to {len(self) - 1}")
+        start = int(self.pointers[unit]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[unit])]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all units."""
+        return sum(int(self.lengths[part].sum(dtype=np.int64)) for part in blocks(len(self)))
+
+    def token_positions(self, ids: np.ndarray, max_length: int, *, keep: str = "head") -> tuple[np.ndarray, ...]:
+        """Where the tokens of several units stand.
+
+        Returns (rows, columns, positions) int64[tokens]: token ``positions[k]`` of ``.bin`` is token ``columns[k]`` of
+        ``ids[rows[k]]``; and lengths int64[n]. Units longer than ``max_length`` keep their "head" or their "tail".
+        """
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if len(ids) and not (0 <= ids.min() and ids.max() < len(self)):
+            raise IndexError(f"units {ids.min()} to {ids.max()} of {self.prefix}, expected 0 to {len(self) - 1}")
+        full = self.lengths[ids].astype(np.int64)
+        lengths = np.minimum(full, max_length)
+        starts = self.pointers[ids].astype(np.int64) // self.dtype.itemsize
+        if keep == "tail":
+            starts += full - lengths
+        rows = np.repeat(np.arange(len(ids)), lengths)
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return rows, columns, starts[rows] + columns, lengths
+
+    def gather(self, ids: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of several units at once, cut to ``max_length``: (tokens int64[n, w], lengths int64[n]).
+
+        w is the longest of the lengths; shorter rows are padded on the right with 0.
+        """
+        rows, columns, positions, lengths = self.token_positions(ids, max_length)
+        tokens = np.zeros((len(lengths), int(lengths.max(initial=0))), dtype=np.int64)
+        tokens[rows, columns] = self.tokens[positions]
+        return tokens, lengths
+
+
+def write_index(stream: IO[bytes], dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray | None = None) -> None:
+    """Write an index whose every sequence is a document of its own.
+
+    lengths int32[S] in tokens; pointers int64[S] in bytes (None: sequences follow each other in ``.bin``).
+    """
+    code = next(code for code, known in TOKEN_DTYPES.items() if np.dtype(known) == dtype.newbyteorder("="))
+    count = len(lengths)
+    stream.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+    for part in blocks(count):
+        stream.write(np.ascontiguousarray(lengths[part], dtype="<i4"))
+    position = 0
+    for part in blocks(count):
+        if pointers is None:
+            ends = position + np.cumsum(lengths[part], dtype=np.int64) * dtype.itemsize
+            values = ends - np.asarray(lengths[part], dtype=np.int64) * dtype.itemsize
+            position = int(ends[-1])
+        else:
+            values = pointers[part]
+        stream.write(np.ascontiguousarray(values, dtype="<i8"))
+    for part in blocks(count + 1):
+        stream.write(np.arange(part.start, part.stop, dtype="<i8"))
+
+
+class CorpusWriter:
+    """Streams units into ``X.bin`` and writes ``X.idx`` at the end; both appear under their names only when complete.
+
+    Memory: 4 bytes per unit. Use as a context manager: leaving it without an error publishes the pair, and
+    ``bin_sha256``, ``index_sha256``, ``bin_bytes`` and ``num_tokens`` are then set; an error removes what was written.
+    """
+
+    def __init__(self, prefix: str | os.PathLike, vocab_size: int) -> None:
+        self.prefix, self.vocab_size, self.dtype = str(prefix), vocab_size, token_dtype(vocab_size)
+        self.num_tokens = self.bin_bytes = 0
+        self.bin_sha256 = self.index_sha256 = ""
+        self._lengths: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._stream = open(f"{self.prefix}.bin.tmp", "ab")  # noqa: SIM115 - lives as long as the writer
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise ValueError(
+                f"{self.prefix}.bin.tmp is being written by another process; wait for it to end"
+            ) from error
+        self._stream.truncate(0)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append units: their tokens one after another, and their lengths in tokens."""
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
+        if int(lengths.sum()) != len(tokens) or (len(lengths) and lengths.min() < 0):
+            raise ValueError(f"{len(tokens)} tokens, but lengths that sum to {lengths.sum()}")
+        if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
+            raise ValueError(f"a unit of {lengths.max()} tokens, but the index holds at most 2**31 - 1: cut it")
+        if len(tokens) and not (0 <= tokens.min() and tokens.max() < self.vocab_size):
+            raise ValueError(
+                f"token ids from {tokens.min()} to {tokens.max()}, but the vocabulary ends at {self.vocab_size - 1}: "
+                "the tokenizer file does not fit its own ids"
+            )
+        data = np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<"))
+        self._stream.write(data)
+        self._digest.update(data)
+        self._lengths.append(lengths.astype(np.int32))
+        self.num_tokens += len(tokens)
+
+    @property
+    def num_units(self) -> int:
+        """Units added so far."""
+        return sum(map(len, self._lengths))
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            if error_type is None:
+                self._finish()
+        finally:
+            self._stream.close()
+            for name in (f"{self.prefix}.bin.tmp", f"{self.prefix}.idx.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+    def _finish(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        lengths = np.concatenate([*self._lengths, np.zeros(0, np.int32)])
+        with open(f"{self.prefix}.idx.tmp", "w+b") as index:
+            write_index(index, self.dtype, lengths)
+            index.flush()
+            os.fsync(index.fileno())
+            index.seek(0)
+            self.index_sha256 = hashlib.file_digest(index, "sha256").hexdigest()
+        self.bin_sha256, self.bin_bytes = self._digest.hexdigest(), self.num_tokens * self.dtype.itemsize
+        publish(f"{self.prefix}.bin.tmp", f"{self.prefix}.bin")
+        publish(f"{self.prefix}.idx.tmp", f"{self.prefix}.idx")

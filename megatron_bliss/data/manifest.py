@@ -1,0 +1,113 @@
+"""``X.manifest.json``: what a corpus, a subset or a validation set was made from, and how to know it again.
+
+Keys of every manifest: ``format_version``, ``kind`` (corpus, subset, validation), ``unit``, ``tokenizer`` (kind, sha256,
+vocab_size, eod; None for a corpus of other software), ``dtype``, ``counts`` (units, tokens, ...), ``index_sha256``,
+``bin_bytes``, ``bin_sha256`` and ``digest``, which stands for index and tokens together.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.files import read_json, sha256_file, sha256_text, write_json
+
+FORMAT_VERSION = 1
+REQUIRED = ("format_version", "kind", "unit", "counts", "index_sha256", "bin_bytes", "bin_sha256", "digest")
+
+
+def manifest_path(prefix: str | os.PathLike) -> str:
+    """``X.manifest.json`` for prefix ``X``."""
+    return f"{prefix}.manifest.json"
+
+
+def content_digest(index_sha256: str, bin_sha256: str) -> str:
+    """One digest for an index and the tokens it points into."""
+    return sha256_text(index_sha256, bin_sha256)
+
+
+def write_manifest(prefix: str | os.PathLike, manifest: dict) -> dict:
+    """Complete a manifest with format version and digest, write it, and return it."""
+    digest = content_digest(manifest["index_sha256"], manifest["bin_sha256"])
+    manifest = {"format_version": FORMAT_VERSION, **manifest, "digest": digest}
+    missing = [key for key in REQUIRED if key not in manifest]
+    assert not missing, f"manifest without {missing}"
+    write_json(manifest_path(prefix), manifest)
+    return manifest
+
+
+def read_manifest(prefix: str | os.PathLike) -> dict:
+    """Read ``X.manifest.json``; ValueError when it is missing, damaged or of another format version."""
+    path = manifest_path(prefix)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path} does not exist; finish tools/preprocess_data.py, or give a corpus made by other software a manifest "
+            f"with: python tools/inspect_index.py adopt {prefix}"
+        )
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {manifest.get('format_version')}, expected {FORMAT_VERSION}")
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; it is damaged: make the corpus again")
+    return manifest
+
+
+def corpus_digest(prefix: str | os.PathLike) -> str:
+    """The digest of a corpus, held against its files: the index is hashed, the size of ``.bin`` compared.
+
+    Raises ValueError when the files are not those the manifest describes.
+    """
+    manifest = read_manifest(prefix)
+    found, expected = sha256_file(f"{prefix}.idx"), manifest["index_sha256"]
+    if found != expected:
+        raise ValueError(
+            f"{prefix}.idx has digest {found[:12]}, expected {expected[:12]} from its manifest: the index was rewritten "
+            "under an old name; make it again under a new one"
+        )
+    size = os.path.getsize(f"{prefix}.bin")
+    if size != manifest["bin_bytes"]:
+        raise ValueError(
+            f"{prefix}.bin has {size} bytes, expected {manifest['bin_bytes']} from its manifest: it is truncated or was "
+            "replaced; make it again"
+        )
+    return manifest["digest"]
+
+
+def adopt_manifest(prefix: str | os.PathLike, tokenizer: dict | None, unit: str = "document") -> dict:
+    """Write a manifest for a ``.bin``/``.idx`` pair made by other software (reads all of ``.bin`` once)."""
+    if os.path.exists(manifest_path(prefix)):
+        raise ValueError(f"{manifest_path(prefix)} exists already; remove it first to describe the files anew")
+    corpus = IndexedCorpus(prefix)
+    manifest = {
+        "kind": "corpus",
+        "unit": unit,
+        "tokenizer": tokenizer,
+        "dtype": corpus.dtype.name,
+        "counts": {"units": len(corpus), "tokens": corpus.num_tokens},
+        "index_sha256": sha256_file(corpus.index_path),
+        "bin_bytes": corpus.bin_bytes,
+        "bin_sha256": sha256_file(corpus.bin_path),
+    }
+    return write_manifest(prefix, manifest)
+
+
+def check_same_tokenizer(prefix_a: str | os.PathLike, prefix_b: str | os.PathLike) -> None:
+    """Raise ValueError when two corpora were not tokenised with the same tokenizer (kind, file and EOD)."""
+    first, second = (_tokenizer_identity(prefix) for prefix in (prefix_a, prefix_b))
+    if None not in (first, second) and first != second:
+        raise ValueError(
+            f"{prefix_a} was tokenised with {_describe(first)}, but {prefix_b} with {_describe(second)}: make both with "
+            "the same --tokenizer-type, --tokenizer-model and --eod-token"
+        )
+
+
+def _tokenizer_identity(prefix: str | os.PathLike) -> dict | None:
+    tokenizer = read_manifest(prefix).get("tokenizer")
+    return tokenizer and {key: tokenizer.get(key) for key in ("kind", "sha256", "vocab_size", "eod")}
+
+
+def _describe(tokenizer: dict) -> str:
+    return (
+        f"{tokenizer['kind']} {str(tokenizer['sha256'])[:12]} ({tokenizer['vocab_size']} ids, EOD {tokenizer['eod']})"
+    )

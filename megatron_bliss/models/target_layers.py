@@ -1,0 +1,188 @@
+"""What the target's layers are made of, where megatron-core's own parts would be slower or are missing.
+
+Shapes: s tokens (divided by the tensor-parallel size under sequence parallelism), b samples, w width, n heads and g
+key-value groups of this rank, d channels per head, v vocabulary, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
+    """A norm sees its rank's part of the sequence: megatron-core sums the gradients of parameters marked so."""
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm in megatron-core's shape; unlike its own wrapper it allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        _mark_sequence_parallel(self, config)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in megatron-core's shape; unlike its own wrapper it allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        _mark_sequence_parallel(self, config)
+
+
+class FusedCausalAttention(torch.nn.Module):
+    """Causal attention by ``scaled_dot_product_attention``: no s x s matrix, flash kernels on CPU and CUDA."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.enable_gqa = config.num_query_groups != config.num_attention_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: object) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=self.enable_gqa
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class UnreducedRowParallelLinear(RowParallelLinear):
+    """A row-parallel linear that leaves the sum over tensor-parallel ranks, and the bias, to its caller."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        partial = self._forward_impl(
+            input=input_,
+            weight=self.weight,
+            bias=None,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            grad_output_buffer=None,
+            tp_group=self.tp_group,
+        )
+        return partial, self.bias
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """GPT-NeoX: x + attention(norm1(x)) + mlp(norm2(x)), with one sum over tensor-parallel ranks for both branches."""
+
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
+        """[s, b, w] -> [s, b, w]; the second value is megatron-core's cross-attention context, unused here."""
+        attention, attention_bias = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None, rotary_pos_emb=rotary_pos_emb
+        )
+        mlp, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.config.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        branches = reduce(attention + mlp, group=self.tp_group)
+        return hidden_states + (branches + (attention_bias + mlp_bias)), None
+
+
+def residual_add(training: bool, fused: bool):
+    """megatron-core's bias-dropout-add for layers without bias and dropout, in autograd's current mode."""
+
+    def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_with_bias
+        assert dropout == 0.0
+        return residual + (output if bias is None else output + bias)
+
+    return add
+
+
+def layer_spec(parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
+    """Parts of one block for megatron-core's TransformerBlock."""
+    norm = RMSNorm if rms_norm else LayerNorm
+    row_parallel = UnreducedRowParallelLinear if parallel_residual else RowParallelLinear
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=FusedCausalAttention, linear_proj=row_parallel
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
+    )
+    add = IdentityFuncOp if parallel_residual else residual_add
+    return ModuleSpec(
+        module=ParallelResidualLayer if parallel_residual else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=add,
+        ),
+    )
+
+
+class VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """-log p(label) per token from logits split over the vocabulary; ids at and above ``vocab_size`` have no part in it.
+
+    One exchange of three numbers a token, where megatron-core's makes three exchanges. First order only.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+        """logits [..., v / t] of this rank, labels int64 [...] -> fp32 [...]."""
+        first = group.rank() * logits.shape[-1]
+        known = min(max(vocab_size - first, 0), logits.shape[-1])
+        local = labels - first
+        here = (local >= 0) & (local < known)
+        local = torch.where(here, local, 0).unsqueeze(-1)
+        if known:
+            values = logits[..., :known].float()
+            largest = values.amax(-1)
+            predicted = torch.where(here, values.gather(-1, local).squeeze(-1), 0.0)
+            exponentials = torch.sub(values, largest.unsqueeze(-1)).exp_()
+            total = exponentials.sum(-1)
+        else:  # every id of this rank is padding
+            exponentials = logits[..., :0].float()
+            largest = torch.full(labels.shape, -torch.inf, device=logits.device)
+            predicted = total = torch.zeros(labels.shape, device=logits.device)
+        normalizer, predicted = _combine(largest, total, predicted, group)
+        ctx.save_for_backward(exponentials, (largest - normalizer).exp(), local, here)
+        ctx.padding, ctx.dtype = logits.shape[-1] - known, logits.dtype
+        return normalizer - predicted
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        """d loss / d logit = softmax - one-hot(label), in place of the saved exponentials."""
+        exponentials, scale, local, here = ctx.saved_tensors
+        gradient = exponentials.mul_((scale * grad_output).unsqueeze(-1))
+        if gradient.shape[-1]:
+            gradient.scatter_add_(-1, local, torch.where(here, -grad_output, 0.0).unsqueeze(-1))
+        gradient = gradient.to(ctx.dtype)
+        return F.pad(gradient, (0, ctx.padding)) if ctx.padding else gradient, None, None, None
+
+
+def _combine(largest: Tensor, total: Tensor, predicted: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log Σ exp over the whole vocabulary and the label's logit, from each rank's part; the same bits on every rank."""
+    if group.size() == 1:
+        return largest + total.log(), predicted
+    mine = torch.stack((largest + total.log(), predicted))
+    parts = torch.empty((group.size(), *mine.shape), dtype=mine.dtype, device=mine.device)
+    dist.all_gather_into_tensor(parts, mine, group=group)
+    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)

@@ -1,0 +1,241 @@
+"""Device, backend and precision of a run, and what megatron-core needs to run where there is no GPU.
+
+megatron-core 0.16 asks for CUDA in places where any device would do. Each ``patch_*`` function below replaces one such
+place, says why, and when it can go. They act only where ``torch.cuda.is_available()`` is false; what they replace would
+raise there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as python_platform
+import resource
+import sys
+import warnings
+from functools import wraps
+from importlib import metadata
+from types import ModuleType
+
+import torch
+
+from megatron_bliss.config import PlatformConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def choose_device(config: PlatformConfig, local_rank: int) -> torch.device:
+    """The device of this process; ValueError where CUDA is asked for and there are too few GPUs."""
+    available = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        if available:
+            raise ValueError(
+                "found a CUDA device and platform.device=cpu, expected megatron-core to use the GPU it sees: hide it with "
+                "CUDA_VISIBLE_DEVICES= (empty) in the environment, or set platform.device=auto"
+            )
+        return torch.device("cpu")
+    if not available:
+        raise ValueError("found no CUDA device, expected one for platform.device=cuda: set platform.device=auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"found {torch.cuda.device_count()} CUDA devices, expected one for local rank {local_rank}: lower torchrun's "
+            "--nproc-per-node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(config: PlatformConfig) -> torch.dtype:
+    """Precision of the target's weights in its forward and backward pass."""
+    return DTYPES[config.params_dtype]
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(local_world_size: int) -> None:
+    """Give each of the machine's ranks its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    Two ranks with two threads each on two cores run about ten times slower than with one thread each.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cores() // local_world_size))
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Ask torch for kernels that give the same bits twice; one that has no such form warns and goes on."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    # Filling every new tensor with NaN finds reads of unset memory, but costs time and changes no result here.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def silence_deprecations() -> None:
+    """Drop torch 2.13's warnings about collectives that megatron-core still calls by their old names.
+
+    Goes when megatron-core 0.16 is no longer supported; torch 2.11 does not have the new names.
+    """
+    warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated", category=FutureWarning)
+
+
+def prepare(config: PlatformConfig, local_rank: int, local_world_size: int) -> torch.device:
+    """Set this process up (threads, determinism, CUDA device or CPU patches) and return its device."""
+    device = choose_device(config, local_rank)
+    # megatron-core relies on it for the order of kernels when it overlaps communication with computation.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    silence_deprecations()
+    set_threads(local_world_size)
+    set_deterministic(config.deterministic)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        patch_megatron_core_for_cpu()
+    return device
+
+
+def patch_megatron_core_for_cpu() -> None:
+    """Apply every patch once; does nothing where there is a GPU."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_megatron_bliss_patched", False):
+        return
+    patch_current_device()
+    patch_moves_to_the_gpu()
+    patch_synchronize()
+    patch_random_states()
+    patch_type_names()
+    patch_explicit_cuda_devices()
+    torch.cuda._megatron_bliss_patched = True
+
+
+def patch_current_device() -> None:
+    """megatron-core allocates buffers on ``torch.cuda.current_device()``: answer with the CPU.
+
+    Goes when megatron-core takes the device from its tensors or from the process group.
+    """
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def patch_moves_to_the_gpu() -> None:
+    """Shared embeddings call ``tensor.cuda()``: leave the tensor where it is.
+
+    Goes when megatron-core writes ``tensor.to(device)``.
+    """
+    torch.Tensor.cuda = lambda self, *_, **__: self
+
+
+def patch_synchronize() -> None:
+    """Pipeline communication synchronises the GPU after each exchange: there is nothing to wait for.
+
+    Goes when megatron-core guards the call.
+    """
+    torch.cuda.synchronize = lambda *_, **__: None
+
+
+def patch_random_states() -> None:
+    """The tensor-parallel tracker keeps CUDA generator states, also where no dropout ever draws: keep the CPU's.
+
+    Goes when the tracker takes a generator.
+    """
+    from megatron.core.tensor_parallel import random as tracker
+
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def patch_type_names() -> None:
+    """The optimizers compare ``tensor.type()`` with names such as ``torch.cuda.FloatTensor``: add the ``cuda``.
+
+    Goes when megatron-core compares dtypes.
+    """
+    original = torch.Tensor.type
+    names = {f"torch.{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "BFloat16", "Half")}
+
+    @wraps(original)
+    def type_name(self, *args, **kwargs):
+        answer = original(self, *args, **kwargs)
+        return names.get(answer, answer) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_name
+
+
+class _TorchWithoutCuda(ModuleType):
+    """``torch`` with factories that read ``device="cuda"`` as the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in ("zeros", "tensor"):
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _on_cpu(factory):
+        @wraps(factory)
+        def make(*args, device=None, **kwargs):
+            return factory(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+        return make
+
+
+def patch_explicit_cuda_devices() -> None:
+    """Schedules and optimizers make counters with ``device="cuda"``: hand these modules a torch that ignores it.
+
+    A TorchFunctionMode would do the same for every call of the program, at a cost in each of them. Goes when
+    megatron-core names no device there.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.pipeline_parallel import schedules
+
+    without_cuda = _TorchWithoutCuda()
+    for module in (utils, clip_grads, optimizer, schedules):
+        module.torch = without_cuda
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process since the last reset: allocated on the GPU, else resident on the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> bool:
+    """Start a new measurement; False where the system keeps the peak since the process began (other than Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")  # 5 resets the peak of resident memory, see proc(5)
+    except OSError:
+        return False
+    return True
+
+
+def processor_name() -> str:
+    """Model of the CPU, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as stream:
+            names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else python_platform.processor() or python_platform.machine()
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Versions and hardware, for summary.json and benchmark tables."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": python_platform.python_version(),
+        "torch": torch.__version__,
+        "megatron_core": metadata.version("megatron-core"),
+        "device": torch.cuda.get_device_name() if cuda else processor_name(),
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+    }

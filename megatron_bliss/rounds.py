@@ -1,0 +1,124 @@
+"""The rounds of a run: which stage comes when, for which arm, and what a run says at its end.
+
+    shards, warm-up of target and proxy
+    for each round, for each arm: [bilevel ->] score -> select -> pretrain -> evaluate
+
+Arms share shards, warm-up, seeds, tokens and schedule; they differ only in the scores they select by. A finished stage is
+not run again, so the same command continues a run that was stopped anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_bliss import stages
+from megatron_bliss.arguments import arm_names
+from megatron_bliss.config import Config
+from megatron_bliss.files import write_json
+from megatron_bliss.metrics import MetricsLogger
+from megatron_bliss.parallel import Groups, barrier
+from megatron_bliss.report import write_report
+from megatron_bliss.run_folder import RunFolder
+from megatron_bliss.stages import Session
+from megatron_bliss.summary import build_summary, format_table, read_stages
+
+ROUND_STAGES: dict[str, Callable[[Session, Path, str, int], dict]] = {
+    "bilevel": stages.learn_scores,
+    "score": stages.score_shard,
+    "select": stages.select_units,
+    "pretrain": stages.pretrain_target,
+    "evaluate": stages.evaluate_target,
+}
+
+
+def run(config: Config, groups: Groups) -> None:
+    """Run what is missing of all stages (or the one stage asked for), then write summary.json and report.html."""
+    folder = RunFolder(config.run_folder, groups)
+    folder.open(config)
+    metrics = MetricsLogger(folder.path, is_writer=groups.is_main, tensorboard=config.logging.tensorboard)
+    session = Session(config, groups, folder, metrics)
+    try:
+        for path, work in _planned(session):
+            folder.run_stage(path, work)
+            summarise(session)
+    finally:
+        metrics.close()
+    if groups.is_main and config.stage is None:
+        print(format_table(summarise(session)), flush=True)
+        print(f"\nreport: {write_report(folder.path)}", flush=True)
+    barrier(groups)
+
+
+def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
+    """Every stage of the run as (folder, work), in order; only the ones that ``--stage`` names when it is given."""
+    config, folder = session.config, session.folder
+    yield folder.path / "shards", lambda path: stages.make_shards(session, path)
+    if config.stage in (None, "warmup"):
+        yield folder.stage_folder("shared", 0, "target"), lambda path: stages.warm_up_target(session, path)
+        yield folder.stage_folder("shared", 0, "proxy"), lambda path: stages.warm_up_proxy(session, path)
+    for number in range(1, config.rounds + 1):
+        for arm in arm_names(config):
+            for stage in ROUND_STAGES:
+                if (stage != "bilevel" or arm == "bliss") and _is_wanted(config, number, arm, stage):
+                    yield folder.stage_folder(arm, number, stage), _bind(ROUND_STAGES[stage], session, arm, number)
+
+
+def _bind(stage: Callable[..., dict], session: Session, arm: str, number: int) -> Callable[[Path], dict]:
+    return lambda path: stage(session, path, arm, number)
+
+
+def _is_wanted(config: Config, number: int, arm: str, stage: str) -> bool:
+    return config.stage is None or (config.stage, config.round, config.arm) == (stage, number, arm)
+
+
+def summarise(session: Session) -> dict:
+    """Write and return ``summary.json`` from what is finished so far (on the main rank; {} elsewhere)."""
+    if not session.groups.is_main:
+        return {}
+    path = session.folder.path
+    summary = build_summary(
+        _evaluations(session),
+        stages=read_stages(path),
+        domains_by_field=_domains(session),
+        seed=session.config.seed,
+        config_text=(path / "config.yaml").read_text(encoding="utf-8"),
+    )
+    write_json(path / "summary.json", summary)
+    return summary
+
+
+def _evaluations(session: Session) -> dict[str, list[dict]]:
+    """Per arm every evaluation in order: the shared warm-up's first, then each round's, the last point as read from disk."""
+    warmup = session.folder.record(session.folder.stage_folder("shared", 0, "target"))
+    curves = {}
+    for arm in arm_names(session.config):
+        points = {point["iteration"]: point for point in (warmup or {}).get("evaluations", [])}
+        for number in range(1, session.config.rounds + 1):
+            pretrain = session.folder.record(session.folder.stage_folder(arm, number, "pretrain")) or {}
+            evaluate = session.folder.record(session.folder.stage_folder(arm, number, "evaluate")) or {}
+            points |= {point["iteration"]: point for point in pretrain.get("evaluations", [])}
+            points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
+        curves[arm] = [points[iteration] for iteration in sorted(points)]
+    return curves
+
+
+def _domains(session: Session) -> dict[str, dict]:
+    """{field: {"pool": shares, "selected": {arm: shares}}} over all rounds finished so far."""
+    shards = session.folder.record(session.folder.path / "shards") or {}
+    result: dict[str, dict] = {}
+    for field, pool in shards.get("domains", {}).items():
+        selected = {arm: _selected_shares(session, arm, field) for arm in arm_names(session.config)}
+        result[field] = {"pool": pool, "selected": {arm: shares for arm, shares in selected.items() if shares}}
+    return result
+
+
+def _selected_shares(session: Session, arm: str, field: str) -> dict[str, float]:
+    """Shares of an arm's selections, all rounds together, by units."""
+    counts: dict[str, float] = {}
+    for number in range(1, session.config.rounds + 1):
+        record = session.folder.record(session.folder.stage_folder(arm, number, "select")) or {}
+        for name, share in record.get("domains", {}).get(field, {}).items():
+            counts[name] = counts.get(name, 0.0) + share * record["units"]
+    total = sum(counts.values())
+    return {name: count / total for name, count in counts.items()}

@@ -1,0 +1,97 @@
+"""A corpus through the score model: one forward pass, ``scores.npy`` with one float32 per unit.
+
+Units are scored in blocks with fixed bounds; ranks take blocks in turn and each finished block is a file, so a killed
+pass goes on where it was and the scores do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_bliss.data.batches import BatchSource
+from megatron_bliss.files import atomic_file
+from megatron_bliss.metrics import progress
+from megatron_bliss.models.score import ScoreModel
+
+BLOCK_UNITS = 4096
+"""Units per block: small enough to lose little, large enough that a corpus of 10^8 units gives a few 10^4 files."""
+
+
+def score_units(
+    model: ScoreModel,
+    source: BatchSource,
+    folder: Path,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    show_progress: bool,
+) -> int:
+    """Score this rank's blocks of ``source`` into ``folder/blocks``; returns the tokens this rank scored.
+
+    Raises ``FloatingPointError`` naming the units when a score is not finite.
+    """
+    blocks = folder / "blocks"
+    blocks.mkdir(parents=True, exist_ok=True)
+    bounds = list(_block_bounds(len(source)))[rank::world_size]
+    tokens = 0
+    with progress(sum(stop - start for start, stop in bounds), description="score", unit="units", enabled=show_progress) as bar:
+        for start, stop in bounds:
+            path = _block_path(blocks, start, stop)
+            if not path.is_file():
+                scores, block_tokens = _score_block(model, source, start, stop, micro_batch_size, device)
+                tokens += block_tokens
+                save_array(path, scores)
+            bar.update(stop - start)
+    return tokens
+
+
+def gather_scores(folder: Path, num_units: int) -> np.ndarray:
+    """Join the blocks of all ranks: float32 [num_units]. Call once every rank has finished :func:`score_units`."""
+    parts = [np.load(_block_path(folder / "blocks", *bounds), allow_pickle=False) for bounds in _block_bounds(num_units)]
+    scores = np.concatenate(parts).astype(np.float32, copy=False)
+    if scores.shape != (num_units,) or not np.isfinite(scores).all():
+        raise ValueError(
+            f"found {scores.size} scores, {int(np.isfinite(scores).sum())} of them finite, in {folder / 'blocks'}, expected "
+            f"{num_units} finite ones: delete that folder and run the stage again"
+        )
+    return scores
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file so that no reader ever sees half of it."""
+    with atomic_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _score_block(
+    model: ScoreModel, source: BatchSource, start: int, stop: int, micro_batch_size: int, device: torch.device
+) -> tuple[np.ndarray, int]:
+    parts, tokens = [], 0
+    for first in range(start, stop, micro_batch_size):
+        batch = source.batch(np.arange(first, min(first + micro_batch_size, stop))).to(device)
+        with torch.no_grad():
+            scores = model(batch.tokens, batch.lengths).float()
+        if not torch.isfinite(scores).all():
+            bad = batch.unit_ids[~torch.isfinite(scores)].tolist()
+            raise FloatingPointError(
+                f"found scores that are not finite for units {bad[:10]}, expected numbers: the score model has diverged; "
+                "lower bilevel.score_optimizer.lr and run the bilevel stage again"
+            )
+        parts.append(scores.cpu().numpy())
+        tokens += int(batch.lengths.sum())
+    return np.concatenate(parts), tokens
+
+
+def _block_bounds(num_units: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_units, BLOCK_UNITS):
+        yield start, min(start + BLOCK_UNITS, num_units)
+
+
+def _block_path(folder: Path, start: int, stop: int) -> Path:
+    return folder / f"{start:012d}-{stop:012d}.npy"
