@@ -16,13 +16,14 @@ import torch
 
 from megatron_bliss.files import atomic_file, publish, read_json, sync_folder
 from megatron_bliss.files import write_json as write_json_atomic
-from megatron_bliss.parallel import Groups, barrier, fail_together, failing_together
+from megatron_bliss.parallel import Groups, failing_together
 
 __all__ = [
     "keep_last",
     "latest",
     "load_checkpoint",
     "load_state",
+    "load_weights",
     "read_json",
     "read_manifest",
     "save_checkpoint",
@@ -33,6 +34,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SHARED = "shared.pt"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -91,12 +93,20 @@ def keep_last(folder: str | Path, k: int) -> None:
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, groups: Groups, *, shared: dict, sharded: dict[str, Any], keep: int = 1
+    folder: str | Path,
+    step: int,
+    groups: Groups,
+    *,
+    shared: dict[str, Any],
+    weights: dict[str, Any],
+    state: dict[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Collective: write checkpoint ``step`` and drop all but the ``keep`` newest.
 
-    ``shared`` is the same on every rank and written once. ``sharded`` belongs to this rank; an empty one writes no file.
-    Where a rank cannot write (a full disk), every rank raises and the checkpoints there are stay as they were.
+    ``shared`` is the same on every rank and written once; ``weights`` are the same on every data-parallel rank and written
+    by the first; ``state`` is this rank's own. Where a rank cannot write (a full disk), every rank raises and the
+    checkpoints there are stay as they were.
     """
     path = step_folder(folder, step)
     temporary = path.parent / f".{path.name}.tmp"
@@ -105,12 +115,13 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     with failing_together(groups):
-        if sharded:
-            save_state(temporary / _shard_name(groups), sharded)
+        save_state(temporary / _state_name(groups), state)
+        if groups.data_parallel_rank == 0:
+            save_state(temporary / _weights_name(groups), weights)
     with failing_together(groups):
         if groups.is_main:
-            save_state(temporary / "shared.pt", shared)
-            manifest = {"format": FORMAT, "step": step, "world_size": groups.world_size, **groups.sizes}
+            save_state(temporary / SHARED, shared)
+            manifest = {"format": FORMAT, "step": step, **groups.sizes}
             write_json_atomic(temporary / MANIFEST, manifest)
             sync_folder(temporary)
             if path.exists():
@@ -120,11 +131,14 @@ def save_checkpoint(
     return path
 
 
-def _shard_name(groups: Groups) -> str:
-    return (
-        f"tensor_{groups.tensor_model_parallel_rank:03d}_pipeline_{groups.pipeline_model_parallel_rank:03d}"
-        f"_data_{groups.data_parallel_rank:05d}.pt"
-    )
+def _weights_name(groups: Groups) -> str:
+    tensor, pipeline = groups.tensor_model_parallel_rank, groups.pipeline_model_parallel_rank
+    return f"weights_tensor_{tensor:03d}_pipeline_{pipeline:03d}.pt"
+
+
+def _state_name(groups: Groups) -> str:
+    tensor, pipeline = groups.tensor_model_parallel_rank, groups.pipeline_model_parallel_rank
+    return f"state_tensor_{tensor:03d}_pipeline_{pipeline:03d}_data_{groups.data_parallel_rank:05d}.pt"
 
 
 def read_manifest(path: str | Path) -> dict:
@@ -137,29 +151,32 @@ def read_manifest(path: str | Path) -> dict:
     return manifest
 
 
-def load_checkpoint(path: str | Path, groups: Groups) -> tuple[dict, dict[str, Any]]:
-    """Collective: the ``shared`` and this rank's ``sharded`` state of a checkpoint.
+def load_checkpoint(path: str | Path, groups: Groups) -> tuple[dict, dict, dict]:
+    """Collective: ``shared``, ``weights`` and this rank's ``state`` of a checkpoint.
 
     Every rank raises ValueError where the parallel sizes differ from those it was saved at, or a file is damaged.
     """
-    error, states = None, None
-    try:
-        _check_sizes(path, read_manifest(path), groups)
-        shard = Path(path) / _shard_name(groups)
-        states = load_state(Path(path) / "shared.pt"), load_state(shard) if shard.is_file() else {}
-    except (OSError, ValueError) as problem:
-        error = problem
-    fail_together(error, groups)
-    barrier(groups)
+    return _load_together(path, groups, (SHARED, _weights_name(groups), _state_name(groups)), groups.sizes)
+
+
+def load_weights(path: str | Path, groups: Groups) -> dict[str, Any]:
+    """Collective: the ``weights`` of a checkpoint, which any data-parallel size can use."""
+    sizes = {option: size for option, size in groups.sizes.items() if option != "data_parallel_size"}
+    (weights,) = _load_together(path, groups, (_weights_name(groups),), sizes)
+    return weights
+
+
+def _load_together(path: str | Path, groups: Groups, names: tuple[str, ...], sizes: dict[str, int]) -> tuple:
+    states = ()
+    with failing_together(groups):
+        _check_sizes(path, read_manifest(path), sizes)
+        states = tuple(load_state(Path(path) / name) for name in names)
     return states
 
 
-def _check_sizes(path: str | Path, manifest: dict, groups: Groups) -> None:
-    for option, size in groups.sizes.items():
-        if manifest.get(option) != size:
-            hint = (
-                f"start {manifest['world_size']} processes as when it was saved"
-                if option == "data_parallel_size"
-                else f"set target.{option}={manifest.get(option)}"
-            )
-            raise ValueError(f"found {option}={manifest.get(option)} in checkpoint {path}, expected {size}: {hint}")
+def _check_sizes(path: str | Path, manifest: dict, sizes: dict[str, int]) -> None:
+    for option, size in sizes.items():
+        saved = manifest.get(option)
+        if saved != size:
+            mend = f"start {saved} times the ranks of one replica" if option.startswith("data") else f"set target.{option}={saved}"
+            raise ValueError(f"found {option}={saved} in checkpoint {path}, expected this run's {size}: {mend}")

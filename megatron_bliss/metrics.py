@@ -18,25 +18,13 @@ from pathlib import Path
 import orjson
 from tqdm import tqdm
 
+from megatron_bliss.files import atomic_file
+
 KEYS = ("time", "arm", "round", "stage", "step")
 """Keys of every line; all others are metrics."""
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal, a progress line comes at most this often."""
-
-
-def replace_file(path: Path | str, content: bytes) -> None:
-    """Write ``content`` under a temporary name, flush it to disk and rename it: no reader sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path | str) -> list[dict]:
@@ -107,7 +95,8 @@ class MetricsLogger:
         if len(kept) == len(entries):
             return
         self._file.close()
-        replace_file(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in kept))
+        with atomic_file(self.path) as file:
+            file.writelines(orjson.dumps(entry) + b"\n" for entry in kept)
         self._file = open(self.path, "ab")  # noqa: SIM115 (kept open until close())
         if self._tensorboard is not None:
             self._tensorboard.rewrite(round, [entry for entry in kept if entry["round"] == round])

@@ -187,6 +187,14 @@ def barrier(groups: Groups) -> None:
         dist.barrier(groups.world_group)
 
 
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Tensors of one shape [...] on every rank of a group -> [ranks, ...], by rank in the group."""
+    gathered = tensor.new_empty(group.size(), *tensor.shape)
+    # Gloo wants output pieces in the shape of the input, so both are handed over flat.
+    dist.all_gather_into_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=group)
+    return gathered
+
+
 def all_gather_object(value: Any, groups: Groups) -> list[Any]:
     """Every rank's picklable ``value``, by world rank."""
     gathered = [None] * groups.world_size

@@ -72,12 +72,14 @@ def set_deterministic(enabled: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def silence_deprecations() -> None:
-    """Drop torch 2.13's warnings about collectives that megatron-core still calls by their old names.
+def silence_megatron_core() -> None:
+    """Drop warnings about megatron-core 0.16's insides, which nobody here can act on.
 
-    Goes when megatron-core 0.16 is no longer supported; torch 2.11 does not have the new names.
+    Collectives under names that torch 2.13 deprecates (torch 2.11 has no others), and the fp32 distributed optimizer,
+    which keeps gradients on views of the weights. Goes when megatron-core no longer does either.
     """
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 def prepare(config: PlatformConfig, local_rank: int, local_world_size: int) -> torch.device:
@@ -85,7 +87,7 @@ def prepare(config: PlatformConfig, local_rank: int, local_world_size: int) -> t
     device = choose_device(config, local_rank)
     # megatron-core relies on it for the order of kernels when it overlaps communication with computation.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    silence_deprecations()
+    silence_megatron_core()
     set_threads(local_world_size)
     set_deterministic(config.deterministic)
     if device.type == "cuda":

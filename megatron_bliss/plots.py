@@ -1,7 +1,7 @@
 """The plots of a report as inline SVG, drawn by matplotlib without its global state.
 
-Colours are written as placeholders and replaced by CSS variables, and text stays text, so that a plot takes the fonts and
-the light or dark theme of the page it stands in.
+Colours are written as placeholders and replaced by CSS variables, and text stays text, so that a plot takes the fonts
+and the light or dark theme of the page it stands in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 INK, FAINT = "#010101", "#020202"
 SERIES = tuple(f"#0303{index:02x}" for index in range(1, 7))
@@ -29,6 +29,8 @@ _SETTINGS = {
     "axes.spines.left": False, "ytick.left": False, "axes.axisbelow": True, "lines.linewidth": 1.4,
     "figure.facecolor": "none", "axes.facecolor": "none", "lines.solid_capstyle": "round",
 }  # fmt: skip
+_UNWANTED = (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"font-family: [^;\"]*;? *", r'(?<=<g) id="[^"]*"')
+"""Parts of matplotlib's SVG that would reach beyond the plot: rules for the whole page, fonts, ids that repeat."""
 _WIDE, _HALF = 10.2, 4.95
 """Widths in inches of a plot across the page and of one of two beside each other: their text has the same size."""
 
@@ -57,44 +59,62 @@ def line_chart(
     boundaries: Mapping[str, float] | None = None,
     level: float | None = None,
     point: tuple[float, float] | None = None,
+    skip_start: float = 0.0,
     log_y: bool = False,
     wide: bool = False,
 ) -> str:
     """Return an SVG of curves over a common x axis.
 
     boundaries: {label: x} of vertical lines; level: a dashed horizontal line; point: a ring on a curve, with a dashed
-    line down to the x axis. A logarithmic y axis is used only where every value is positive.
+    line down to the x axis; skip_start: share of the x axis whose values do not stretch the y axis. A logarithmic y
+    axis is used only where it helps: for positive values over more than a decade.
     """
     figure, axes = _figure(_WIDE if wide else _HALF, 3.5 if wide else 2.3)
     for line in lines:
         _draw(axes, line)
-    values = [value for line in lines for value in line.y if math.isfinite(value)]
-    if log_y and values and min(values) > 0:
-        axes.set_yscale("log")
+    axes.margins(x=0.02)
+    _scale_y(axes, lines, level, skip_start, log_y)
     if level is not None:
-        axes.axhline(level, color=INK, linewidth=0.8, dashes=(4, 3))
+        axes.axhline(level, color=INK, linewidth=0.8, dashes=(4, 3), zorder=1)
     if point is not None:
-        axes.vlines(point[0], axes.get_ylim()[0], point[1], color=INK, linewidth=0.8, linestyles=(0, (4, 3)))
+        bottom = axes.get_ylim()[0]
+        axes.vlines(point[0], bottom, point[1], color=INK, linewidth=0.8, linestyles=(0, (4, 3)), zorder=1)
         axes.plot(*point, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2)
+        axes.set_ylim(bottom=bottom)
     for label, x in (boundaries or {}).items():
-        axes.axvline(x, color=FAINT, linewidth=0.8)
-        axes.annotate(label, (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -7), textcoords="offset points",
+        axes.axvline(x, color=FAINT, linewidth=0.8, zorder=0)
+        axes.annotate(label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
                       fontsize=7.5, color=INK)  # fmt: skip
     axes.set_xlabel(x_label)
-    axes.margins(x=0.02)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5, integer=True))
     axes.grid(axis="y", linewidth=0.6)
     return _svg(figure, title)
 
 
+def _scale_y(axes, lines: Sequence[Line], level: float | None, skip_start: float, log_y: bool) -> None:
+    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    values = [y for _, y in points]
+    if log_y and values and min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    end = max((x for x, _ in points), default=0)
+    late = [y for x, y in points if x >= skip_start * end] + ([] if level is None else [level])
+    if skip_start and late and max(late) > min(late):
+        room = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - room, max(late) + room)
+
+
 def _draw(axes, line: Line) -> None:
     color = SERIES[line.color % len(SERIES)]
-    smooth = line.smooth and len(line.y) > 30
-    axes.plot(line.x, line.y, color=color, alpha=0.3 if smooth else 1.0, linewidth=0.8 if smooth else 1.4,
-              marker="o" if line.markers and len(line.x) <= 60 else None, markersize=3)  # fmt: skip
+    smooth = line.smooth and len(line.y) > 20
+    marker = "o" if line.markers and len(line.x) <= 60 or len(line.x) == 1 else None
+    alpha, width = (0.3, 0.8) if smooth else (1.0, 1.4)
+    axes.plot(line.x, line.y, color=color, alpha=alpha, linewidth=width, marker=marker, markersize=3)
     if smooth:
-        axes.plot(line.x, running_mean(line.y, max(5, len(line.y) // 25)), color=color)
+        axes.plot(line.x, running_mean(line.y, max(5, len(line.y) // 12)), color=color)
 
 
 def running_mean(values: Sequence[float], width: int) -> np.ndarray:

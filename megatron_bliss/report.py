@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_bliss.metrics import format_seconds, replace_file
+from megatron_bliss.files import atomic_file
+from megatron_bliss.metrics import format_seconds
 from megatron_bliss.plots import Line, color_variable, histogram_chart, line_chart, strip_chart
-from megatron_bliss.run_data import RunData, joined, read_run, round_starts
+from megatron_bliss.run_data import RunData, joined, read_run
 from megatron_bliss.summary import (
     CHOSEN,
     CONTROL,
@@ -35,7 +36,9 @@ SAMPLE_CHARACTERS = 1500
 def write_report(run_folder: Path | str) -> Path:
     """Write ``report.html`` into a run folder and return its path."""
     path = Path(run_folder) / "report.html"
-    replace_file(path, build_report(run_folder).encode("utf-8", errors="replace"))
+    page = build_report(run_folder).encode("utf-8", errors="replace")
+    with atomic_file(path) as file:
+        file.write(page)
     return path
 
 
@@ -59,9 +62,16 @@ def build_report(run_folder: Path | str) -> str:
 
 
 def escape(text: object) -> str:
-    """Return text that is safe between tags and inside quoted attributes; control characters become spaces."""
-    characters = (" " if ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 else c for c in str(text))
-    return html.escape("".join(characters))
+    """Return text that is safe between tags and inside quoted attributes.
+
+    Characters that control a terminal or turn the direction of writing around become spaces.
+    """
+    return html.escape("".join(" " if _is_control(ord(character)) else character for character in str(text)))
+
+
+def _is_control(code: int) -> bool:
+    is_c0_or_c1 = code < 32 and code not in (9, 10) or 127 <= code < 160
+    return is_c0_or_c1 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
 
 
 # Parts of a page
@@ -79,12 +89,12 @@ def _figure(title: str, caption: str, svg: str, keys: Mapping[str, int] | None =
         f'<span class="key"><i style="background:{color_variable(color)}"></i>{escape(label)}</span>'
         for label, color in (keys or {}).items()
     )
-    text = f"{caption} {legend}".strip()
-    return f"<figure>\n<h3>{escape(title)}</h3>\n<figcaption>{text}</figcaption>\n{svg}\n</figure>"
+    legend = f'<div class="keys">{legend}</div>' if legend else ""
+    return f"<figure>\n<h3>{escape(title)}</h3>\n<figcaption>{caption}{legend}</figcaption>\n{svg}\n</figure>"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, total: bool = False) -> str:
-    """A table of escaped text; the first ``left`` columns are flush left, the others numbers; ``total``: the last row."""
+    """A table of escaped text: ``left`` columns flush left, then numbers; ``total`` sets off the last row."""
     rows = list(rows)
 
     def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
@@ -132,7 +142,7 @@ def _tiles(run: RunData) -> list[str]:
     tiles = []
     if run.summary:
         ratio = run.summary.get("speedup")
-        tiles.append(("–" if ratio is None else f"{ratio:.2f}×", "fewer target steps to random's final loss"))
+        tiles.append(("–" if ratio is None else f"{ratio:.2f}×", f"speed-up to {CONTROL}'s final loss"))
         finals = next(iter(final_losses(run.summary).values()), {})
         tiles += [(_loss(finals[arm]), f"final validation loss, {arm}") for arm in (CHOSEN, CONTROL) if arm in finals]
     seconds = [record["seconds"] for record in run.stages if record.get("seconds") is not None]
@@ -174,7 +184,7 @@ def _target_figure(run: RunData, name: str, *, is_wide: bool) -> str:
     reached = first_reach(arms.get(CHOSEN, {}).get("losses", {}).get(name, []), goal) if control else None
     svg = line_chart(
         lines, title=f"target {name}", x_label="target tokens", boundaries=run.round_tokens if is_wide else None,
-        level=goal, point=None if reached is None else (reached, goal), wide=is_wide,
+        level=goal, skip_start=0.1, point=None if reached is None else (reached, goal), wide=is_wide,
     )  # fmt: skip
     caption = f"Dashed: {CONTROL}'s final loss; ring: where {CHOSEN} first has it." if goal is not None else ""
     return _figure(name, caption, svg, {line.label: line.color for line in lines})
@@ -192,26 +202,29 @@ def _final_table(run: RunData) -> str:
         if is_pair:
             both = [losses[CHOSEN], losses[CONTROL]]
             ratio = run.summary.get("speedups", {}).get(name)
-            row.append("-" if None in both else f"{both[0] - both[1]:+.4f}")
+            row.append("-" if None in both else f"{both[0] - both[1]:+.4f}".replace("-", "−"))
             row.append("-" if ratio is None else f"{ratio:.2f}×")
         rows.append(row)
     header = ["final loss", *arms, *([f"{CHOSEN} − {CONTROL}", "speed-up"] if is_pair else [])]
     return _table(header, rows)
 
 
-def _curve_figure(run, keys, title, caption, *, stage, arms, log_y=False, level=None) -> str:
+def _curve_figure(
+    run: RunData, stage: str, arms: Sequence[str], keys: Mapping[str, str], title: str, caption: str, **options
+) -> str:
     """One metric (or several on one axis) of a stage over the steps of all rounds; "" where nothing was logged."""
-    lines, entries_of = [], {arm: [e for e in run.metrics if e["arm"] == arm and e["stage"] == stage] for arm in arms}
-    for arm, entries in entries_of.items():
-        for key, label in keys.items():
-            x, y = joined(entries, key)
-            if any(math.isfinite(value) for value in y):
-                color = _arm_color(run, arm) if len(keys) == 1 else list(keys).index(key)
-                lines.append(Line(arm if len(keys) == 1 else label, x, y, color, smooth=True))
-    if not lines:
+    lines, boundaries = [], {}
+    for arm in arms:
+        entries = [entry for entry in run.metrics if entry["arm"] == arm and entry["stage"] == stage]
+        for index, (key, label) in enumerate(keys.items()):
+            label, color = (arm, _arm_color(run, arm)) if len(keys) == 1 else (label, index)
+            for number, (x, y) in joined(entries, key).items():
+                lines.append(Line(label, x, y, color, smooth=True))
+                boundaries.setdefault(f"round {number}", x[0])
+    if not any(math.isfinite(value) for line in lines for value in line.y):
         return ""
-    boundaries = round_starts(next(entries for entries in entries_of.values() if entries))
-    svg = line_chart(lines, title=f"{stage} {title}", x_label="step", boundaries=boundaries, level=level, log_y=log_y)
+    boundaries = boundaries if len(boundaries) > 1 else {}
+    svg = line_chart(lines, title=f"{stage} {title}", x_label="step", boundaries=boundaries, **options)
     legend = {line.label: line.color for line in lines}
     return _figure(title, caption, svg, legend if len(legend) > 1 else None)
 
@@ -224,17 +237,17 @@ def _pairs(figures: Iterable[str]) -> str:
 def _pretraining_section(run: RunData) -> str:
     """Training curves of the targets; the shared warm-up has its own steps."""
     figures = []
-    for stage in dict.fromkeys(e["stage"] for e in run.metrics if e["stage"].startswith("warmup")):
-        title = stage.replace("warmup", "Warm-up").replace("_", " ")
+    for stage in dict.fromkeys(entry["stage"] for entry in run.metrics if entry["arm"] == "shared"):
         caption = "Training loss before the first round, shared by all arms."
-        figures.append(_curve_figure(run, {"loss": "loss"}, title, caption, stage=stage, arms=["shared"]))
+        title = f"Warm-up of the {stage}" if stage in ("target", "proxy") else f"Warm-up: {stage}"
+        figures.append(_curve_figure(run, stage, ["shared"], {"loss": ""}, title, caption))
     for key, title, caption in (
         ("loss", "Target training loss", "On what each arm selected: not comparable between arms."),
         ("grad_norm", "Gradient norm", "Before clipping."),
         ("lr", "Learning rate", ""),
         ("tokens_per_second", "Tokens per second", ""),
     ):
-        figures.append(_curve_figure(run, {key: key}, title, caption, stage="pretrain", arms=run.arms))
+        figures.append(_curve_figure(run, "pretrain", run.arms, {key: ""}, title, caption))
     note = "Pale: what was logged; line: its running mean. Thin verticals: rounds."
     return _section("Pre-training", note, _pairs(figures))
 
@@ -257,10 +270,7 @@ def _bilevel_section(run: RunData) -> str:
         ({"lr": ""}, "Learning rate of the score model", "", {}),
     ]  # fmt: skip
     arms = [arm for arm in run.arms if any(e["arm"] == arm and e["stage"] == "bilevel" for e in run.metrics)]
-    figures = [
-        _curve_figure(run, keys, title, caption, stage="bilevel", arms=arms, **options)
-        for keys, title, caption, options in charts
-    ]
+    figures = [_curve_figure(run, "bilevel", arms, *chart[:3], **chart[3]) for chart in charts]
     note = "How the score model learnt. Pale: what was logged; line: its running mean. Thin verticals: rounds."
     return _section("Bilevel optimisation", note, _pairs(figures))
 
@@ -275,10 +285,10 @@ def _score_section(run: RunData) -> str:
         svg = histogram_chart(groups, title=f"scores {arm}", x_label="score")
         keys = {label: index for index, label in enumerate(groups)}
         figures.append(_figure(f"Scores, {arm}", "Share of the shard's units.", svg, keys))
-    for arm, groups in run.scores_by_domain.items():
-        svg = strip_chart(groups, title=f"scores by domain {arm}", x_label="score")
+    for (arm, name), groups in run.scores_by_field.items():
+        svg = strip_chart(groups, title=f"scores by {name} {arm}", x_label="score")
         caption = "Last scored round. Dot: median; thick: middle half; thin: 5 to 95 %; in brackets: units."
-        figures.append(_figure(f"Scores by domain, {arm}", caption, svg))
+        figures.append(_figure(f"Scores by {name}, {arm}", caption, svg))
     return _section("Scores", "", *figures)
 
 
@@ -336,7 +346,7 @@ def _sample_section(run: RunData) -> str:
 
 
 def _sample(sample: Mapping) -> str:
-    text = str(sample.get("text", ""))
+    text = "(text not at hand)" if sample.get("text") is None else str(sample["text"])
     more = f" … ({len(text) - SAMPLE_CHARACTERS:,} more characters)" if len(text) > SAMPLE_CHARACTERS else ""
     score = sample.get("score")
     shown = f"{score:.4f}" if isinstance(score, int | float) else "-"

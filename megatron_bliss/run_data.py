@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 import yaml
 
+from megatron_bliss.data.subset import read_provenance
+from megatron_bliss.files import read_json
 from megatron_bliss.metrics import read_metrics
-from megatron_bliss.summary import read_stages
+from megatron_bliss.summary import CONTROL, read_stages
 
 MOST_SCORES = 1_000_000
 """A larger score file is thinned evenly to about this many before it is drawn."""
-MOST_DOMAINS = 40
+FIELDS = ("domain", "format", "label")
+"""Fields of the provenance by which scores are shown."""
+MOST_LABELS = 40
 FEWEST_UNITS = 20
-"""Domains with fewer scored units have no distribution to show."""
+"""Labels with fewer scored units have no distribution to show."""
 
 
 @dataclass
@@ -35,7 +38,7 @@ class RunData:
     summary: dict | None = None
     stages: list[dict] = field(default_factory=list)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
-    scores_by_domain: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    scores_by_field: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
     samples: dict[tuple[str, int], dict] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -77,52 +80,52 @@ class RunData:
 def read_run(folder: Path) -> RunData:
     """Read what there is in a run folder; never fails on a missing or damaged piece of it."""
     run = RunData(folder, folder.resolve().name)
-    run.config_text = (
-        _piece(run, folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "the config") or ""
-    )
-    run.config = _read_config(run)
+    run.config_text = _piece(run, folder / "config.yaml", _read_text, "the config") or ""
+    run.config = _attempt(run, "config.yaml", _parse_config, run.config_text) or {}
     run.metrics = _piece(run, folder / "metrics.jsonl", read_metrics, "curves of the stages") or []
     run.summary = _piece(run, folder / "summary.json", _read_summary, "losses, speed-up and shares of domains")
-    run.stages = _attempt(run, "finished stages", lambda: read_stages(folder)) or []
-    for path in sorted(folder.glob("*/round_*/score/scores.npy")):
-        scores = _attempt(run, path.relative_to(folder), lambda path=path: _read_scores(path))
+    run.stages = _attempt(run, "finished stages", read_stages, folder) or []
+    for arm, number, path in _stage_files(folder, "score/scores.npy"):
+        scores = _attempt(run, path.relative_to(folder), _read_scores, path)
         if scores is not None and len(scores):
-            run.scores.setdefault(path.parts[-4], {})[_round(path.parent)] = scores
-    for path in sorted(folder.glob("*/round_*/select/samples.json")):
-        samples = _attempt(run, path.relative_to(folder), lambda path=path: _read_samples(path))
+            run.scores.setdefault(arm, {})[number] = scores
+    for arm, number, path in _stage_files(folder, "select/samples.json"):
+        samples = _attempt(run, path.relative_to(folder), _read_samples, path)
         if samples is not None:
-            run.samples[path.parts[-4], _round(path.parent)] = samples
-    run.scores_by_domain = _attempt(run, "scores by domain", lambda: _read_scores_by_domain(run)) or {}
+            run.samples[arm, number] = samples
+    for arm, rounds in run.scores.items():
+        fields = _attempt(run, f"scores of {arm} by domain", _scores_by_field, folder, arm, max(rounds))
+        run.scores_by_field |= {(arm, name): groups for name, groups in (fields or {}).items()}
     _note_unfinished(run)
     return run
 
 
-def joined(entries: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of a metric with the rounds one after the other, whether or not steps restart."""
-    starts = _offsets(entries)
-    points = [(starts[e["round"]] + e["step"], e[key]) for e in entries if key in e]
-    return [step for step, _ in points], [value for _, value in points]
+def joined(entries: Sequence[dict], key: str) -> dict[int, tuple[list[int], list[float]]]:
+    """Return {round: (steps, values)} of a metric with rounds one after the other, whether or not steps restart."""
+    curves, end = {}, 0
+    for number in sorted({entry["round"] for entry in entries}):
+        points = [(entry["step"], entry[key]) for entry in entries if entry["round"] == number and key in entry]
+        if points:
+            offset = end if min(step for step, _ in points) < end else 0
+            curves[number] = ([offset + step for step, _ in points], [value for _, value in points])
+            end = max(curves[number][0])
+    return curves
 
 
-def round_starts(entries: Sequence[dict]) -> dict[str, float]:
-    """Return {"round 1": step at which it starts, ...} on the axis of :func:`joined`."""
-    starts = _offsets(entries)
-    first = {number: min(e["step"] for e in entries if e["round"] == number) for number in starts}
-    return {f"round {number}": starts[number] + first[number] for number in starts} if len(starts) > 1 else {}
+def _stage_files(folder: Path, name: str) -> list[tuple[str, int, Path]]:
+    """(arm, round, path) of a file in each round of each arm that chooses: the control's scores are noise."""
+    found = []
+    for path in sorted(folder.glob(f"*/round_*/{name}")):
+        arm, round_name = path.relative_to(folder).parts[:2]
+        number = round_name.removeprefix("round_")
+        if arm != CONTROL and number.isdigit():
+            found.append((arm, int(number), path))
+    return found
 
 
-def _offsets(entries: Sequence[dict]) -> dict[int, int]:
-    offsets, end = {}, 0
-    for number in sorted({e["round"] for e in entries}):
-        steps = [e["step"] for e in entries if e["round"] == number]
-        offsets[number] = end if min(steps) < end else 0
-        end = offsets[number] + max(steps)
-    return offsets
-
-
-def _attempt(run: RunData, name: object, read: Callable) -> Any:
+def _attempt(run: RunData, name: object, read: Callable, *arguments: object) -> Any:
     try:
-        return read()
+        return read(*arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:  # damaged or foreign content, named on the page
         run.missing.append(f"{name}: could not be read ({error})")
         return None
@@ -132,36 +135,34 @@ def _piece(run: RunData, path: Path, read: Callable, what: str) -> Any:
     if not path.exists():
         run.missing.append(f"{what}: {path.name} is not there yet")
         return None
-    return _attempt(run, path.name, lambda: read(path))
+    return _attempt(run, path.name, read, path)
 
 
-def _read_config(run: RunData) -> dict:
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _parse_config(text: str) -> dict:
     try:
-        config = yaml.safe_load(run.config_text)
+        config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        run.missing.append(f"config.yaml: could not be read ({error})")
-        return {}
+        raise ValueError(str(error)) from None
     return config if isinstance(config, dict) else {}
 
 
 def _read_summary(path: Path) -> dict:
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = json.loads(_read_text(path))
     for arm in summary["arms"].values():
-        assert_curves = [arm["validation_loss"], *arm["losses"].values()]
-        if not all(len(point) == 2 for curve in assert_curves for point in curve):
+        if not all(len(point) == 2 for curve in [arm["validation_loss"], *arm["losses"].values()] for point in curve):
             raise ValueError("found a curve whose points are not [tokens, loss]")
     return {"speedups": {}, "domains_by_field": {}, **summary}
 
 
 def _read_samples(path: Path) -> dict:
-    samples = json.loads(path.read_text(encoding="utf-8"))
+    samples = json.loads(_read_text(path))
     if not isinstance(samples, dict) or not all(isinstance(s, dict) for kind in samples.values() for s in kind):
         raise ValueError("expected {best: [{text, score, ...}], worst: [...]}")
     return samples
-
-
-def _round(stage_folder: Path) -> int:
-    return int(stage_folder.parent.name.removeprefix("round_"))
 
 
 def _thin(count: int) -> slice:
@@ -174,30 +175,20 @@ def _read_scores(path: Path) -> np.ndarray:
     return scores[np.isfinite(scores)]
 
 
-def _read_scores_by_domain(run: RunData) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of each arm's last scored round by the domain that the corpus's provenance notes for the unit.
-
-    ``score/units.npy`` has the corpus unit of each score; without it, the scores are of the whole corpus in order.
-    """
-    provenance = Path(str(run.option("data", "train_prefix")) + ".provenance.parquet")
-    if not run.scores or not provenance.exists() or "domain" not in parquet.read_schema(provenance).names:
-        return {}
-    column = parquet.read_table(provenance, columns=["domain"], read_dictionary=["domain"])["domain"].combine_chunks()
-    names, codes = column.dictionary.to_pylist(), column.indices.fill_null(-1).to_numpy()
+def _scores_by_field(folder: Path, arm: str, number: int) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of one round by what the provenance of its shard says: {"domain": {label: scores}, "format": ...}."""
+    shards = read_json(folder / "shards" / "done.json")
+    scores = np.load(folder / arm / f"round_{number:02d}" / "score" / "scores.npy", mmap_mode="r", allow_pickle=False)
+    ids = np.arange(len(scores))[_thin(len(scores))]
+    table = read_provenance(str(folder / "shards" / shards["prefixes"][number]), ids)
+    values = np.asarray(scores[ids], dtype=np.float64)
     result = {}
-    for arm, rounds in run.scores.items():
-        folder = run.folder / arm / f"round_{max(rounds):02d}" / "score"
-        scores = np.load(folder / "scores.npy", mmap_mode="r", allow_pickle=False)
-        units = folder / "units.npy"
-        ids = np.load(units, mmap_mode="r", allow_pickle=False) if units.exists() else np.arange(len(codes))
-        if len(ids) != len(scores):
-            continue
-        kept = _thin(len(scores))
-        of_unit, values = codes[np.asarray(ids[kept])], np.asarray(scores[kept], dtype=np.float64)
-        groups = {name: values[(of_unit == code) & np.isfinite(values)] for code, name in enumerate(names)}
+    for name in (name for name in FIELDS if name in table.column_names):
+        labels = np.array([str(label) if label is not None else "" for label in table[name].to_pylist()])
+        groups = {label: values[(labels == label) & np.isfinite(values)] for label in np.unique(labels) if label}
         large = sorted((g for g in groups.items() if len(g[1]) >= FEWEST_UNITS), key=lambda item: -len(item[1]))
-        if large:
-            result[arm] = dict(large[:MOST_DOMAINS])
+        if len(large) > 1:
+            result[name] = {str(label): group for label, group in large[:MOST_LABELS]}
     return result
 
 

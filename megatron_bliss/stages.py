@@ -29,7 +29,7 @@ from megatron_bliss.metrics import MetricsLogger
 from megatron_bliss.models.presets import Architecture, flops_per_token, resolve_architecture
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.parallel import Groups, barrier, failing_together
+from megatron_bliss.parallel import Groups, failing_together
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
 from megatron_bliss.run_folder import RunFolder
 from megatron_bliss.scoring import gather_scores, save_array, score_units
@@ -372,8 +372,7 @@ def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, 
         log_interval=session.config.logging.log_interval,
         metrics=session.metrics,
         labels={"arm": arm, "round": round_number, "stage": stage},
-        is_main=session.groups.is_main,
-        wait=lambda: barrier(session.groups),
+        groups=session.groups,
         show_progress=session.show_progress,
     )
 

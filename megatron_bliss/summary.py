@@ -16,9 +16,10 @@ from pathlib import Path
 
 import orjson
 
+from megatron_bliss.files import read_json
 from megatron_bliss.metrics import format_seconds
 
-STAGE_ORDER = ("warmup", "bilevel", "score", "select", "pretrain", "evaluate")
+STAGE_ORDER = ("warmup", "warmup target", "warmup proxy", "bilevel", "score", "select", "pretrain", "evaluate")
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"
 """The arms that the speed-up compares."""
@@ -115,18 +116,14 @@ def read_stages(run_folder: Path | str) -> list[dict]:
 
 
 def _read_cost(path: Path) -> dict:
-    try:
-        done = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{path}: found text that is not JSON ({error}); remove it to run the stage again") from None
+    done = read_json(path)
     return {key: done.get(key) for key in ("seconds", "peak_bytes", "flops")}
 
 
 def stage_key(record: Mapping) -> tuple:
     """Sort key of stage records: the shared warm-up, then bliss, other arms and random, each in order of work."""
     arm_rank = {"shared": 0, CHOSEN: 1, CONTROL: 3}.get(record["arm"], 2)
-    name = record["stage"].split()[0]
-    stage_rank = STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER)
+    stage_rank = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
     return arm_rank, record["arm"], record["round"], stage_rank, record["stage"]
 
 

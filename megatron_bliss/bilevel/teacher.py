@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.models.target import Target, last_stage_hidden_states, output_weight
-from megatron_bliss.parallel import Groups
+from megatron_bliss.parallel import Groups, all_gather
 
 
 class TargetTeacher:
@@ -46,13 +46,10 @@ class TargetTeacher:
     def _gather(self, tokens: Tensor) -> tuple[Tensor, list[slice]]:
         """All members' tokens [sum of b, widest s], and which rows are whose, by rank in the model-parallel group."""
         group = self.groups.model_parallel_group
-        shape = torch.tensor(tokens.shape, device=tokens.device)
-        shapes = torch.empty(group.size(), 2, dtype=shape.dtype, device=tokens.device)
-        dist.all_gather_into_tensor(shapes, shape, group=group)
+        shapes = all_gather(torch.tensor(tokens.shape, device=tokens.device), group)
         counts, widths = shapes.t().tolist()
         padded = F.pad(tokens, (0, max(widths) - tokens.shape[1], 0, max(counts) - tokens.shape[0]))
-        gathered = torch.empty(group.size(), *padded.shape, dtype=tokens.dtype, device=tokens.device)
-        dist.all_gather_into_tensor(gathered, padded.contiguous(), group=group)
+        gathered = all_gather(padded, group)
         ends = torch.tensor(counts).cumsum(0).tolist()
         rows = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]), rows

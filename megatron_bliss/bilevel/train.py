@@ -12,3 +12,310 @@ One upper step at (theta_p, theta_s), with 𝓑 the global batch over all ranks:
 All three unknowns move once per pass, as in SOBA (arXiv 2201.13409): the gradient that the walk makes anyway is the lower
 step's, so an upper step costs one walk, one validation gradient, and the score model's forward and backward.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_bliss import checkpoint
+from megatron_bliss.bilevel import curvature, vector
+from megatron_bliss.bilevel.head import Teacher
+from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
+from megatron_bliss.bilevel.optimizer import Optimizer
+from megatron_bliss.bilevel.softmax import global_softmax
+from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
+from megatron_bliss.config import BilevelConfig, ProxyConfig
+from megatron_bliss.data.batches import Batch, BatchSchedule
+from megatron_bliss.metrics import MetricsLogger, progress
+from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.models.transformer import LanguageModel
+from megatron_bliss.parallel import Groups, failing_together
+
+SHOWN = ("loss", "train_loss", "validation_loss")
+"""Numbers on the progress line."""
+
+
+class Trainer(Protocol):
+    """Something that is trained step by step and can be saved between two steps."""
+
+    steps_done: int
+
+    def step(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks over which proxy and score model are data-parallel."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    device: torch.device
+
+
+class ProxyWarmup:
+    """Plain next-token training of the proxy: the lower level with equal weights and no KL."""
+
+    def __init__(self, config: ProxyConfig, proxy: LanguageModel, train: BatchSchedule, world: World) -> None:
+        self.proxy, self.train, self.world = proxy, train, world
+        self.optimizer = Optimizer(proxy, config.warmup_optimizer, config.warmup_iters)
+        self.steps_done = 0
+
+    def step(self) -> dict[str, float]:
+        """One AdamW step; returns what to log."""
+        batch = self.train.at(self.steps_done).to(self.world.device)
+        weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)
+        loss, gradient = curvature.gradient(self.proxy, batch, weights, group=self.world.group)
+        norm, rate = self.optimizer.step(gradient)
+        self.steps_done += 1
+        return {"loss": float(loss), "grad_norm": norm, "lr": rate}
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on."""
+        return {
+            "steps_done": self.steps_done,
+            "proxy": self.proxy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from ``state_dict()``."""
+        self.steps_done = int(state["steps_done"])
+        self.proxy.load_state_dict(state["proxy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class BilevelTrainer:
+    """Proxy, score model and linear system of one round; ``step()`` is one upper-level step."""
+
+    def __init__(
+        self,
+        config: BilevelConfig,
+        proxy: LanguageModel,
+        score_model: ScoreModel,
+        teacher: Callable[[torch.Tensor], Teacher] | None,
+        train: BatchSchedule,
+        validation: BatchSchedule,
+        world: World,
+    ) -> None:
+        """``teacher(tokens[b, s])`` gives the frozen target's hidden states for this rank's samples; None without KL."""
+        self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
+        self.train, self.validation, self.world = train, validation, world
+        lower_steps = config.upper_iters * config.lower_iters
+        self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, lower_steps)
+        self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
+        self.z = vector.zeros(proxy).flat
+        self.solver = SolverState()
+        self.steps_done = 0
+
+    def step(self) -> dict[str, float]:
+        """T lower steps and one upper step; returns what to log, the same on every rank."""
+        first = self.steps_done * self.config.lower_iters
+        for lower in range(self.config.lower_iters - 1):
+            self._lower_step(first + lower)
+        sample = self._sample(first + self.config.lower_iters - 1)
+        validation_loss, b = self._validation_gradient()
+        info, walk = self._solve(sample, b)
+        coefficients = hypergradient_coefficients(sample.weights, walk.influence, self.world.group)
+        upper = hypergradient(
+            self.score_model,
+            sample.batch,
+            coefficients,
+            group=self.world.group,
+            micro_batch_size=self.config.micro_batch_size,
+        )
+        hypergradient_norm, _ = self.score_optimizer.step(upper)
+        _, rate = self.proxy_optimizer.step(walk.gradient)
+        self.steps_done += 1
+        return {
+            "validation_loss": float(validation_loss),
+            "lower_loss": float(walk.loss),
+            "lr": rate,
+            "hypergradient_norm": hypergradient_norm,
+            "residual": info.relative_residual,
+            "largest_eigenvalue": info.state.eigenvalue,
+            **self._batch_metrics(sample, walk),
+        }
+
+    def flops(self, target: Architecture, seq_length: int) -> float:
+        """Model FLOPs of the whole round, counted in forward passes F over a batch.
+
+        A lower gradient is 3 F; a walk with recomputation 8 F (Gauss-Newton) or 12 F (Hessian); the score model's two
+        forward passes and one backward 4 F; the validation gradient 3 F; the target's forward pass once per lower step.
+        """
+        config, tokens = self.config, self.config.global_batch_size * seq_length
+        walk = {"gauss_newton": 8, "hessian": 12}[config.curvature]
+        walks = config.solver_steps if config.solver == "sgd" else config.solver_steps + 1
+        lower = config.lower_iters - 1
+        proxy = flops_per_token(self.proxy.architecture, seq_length)
+        teacher = flops_per_token(target, seq_length) if self.teacher else 0.0
+        validation = 3 * config.validation_batch_size * seq_length * proxy
+        step = tokens * ((walks * walk + 3 * lower + 4 + lower) * proxy + config.lower_iters * teacher) + validation
+        return config.upper_iters * step
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on."""
+        return {
+            "steps_done": self.steps_done,
+            "proxy": self.proxy.state_dict(),
+            "score_model": self.score_model.state_dict(),
+            "proxy_optimizer": self.proxy_optimizer.state_dict(),
+            "score_optimizer": self.score_optimizer.state_dict(),
+            "z": self.z,
+            "solver": self.solver.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from ``state_dict()``."""
+        self.steps_done = int(state["steps_done"])
+        self.proxy.load_state_dict(state["proxy"])
+        self.score_model.load_state_dict(state["score_model"])
+        self.proxy_optimizer.load_state_dict(state["proxy_optimizer"])
+        self.score_optimizer.load_state_dict(state["score_optimizer"])
+        self.z.copy_(state["z"])
+        self.solver = SolverState.from_state_dict(state["solver"])
+
+    def _lower_step(self, number: int) -> None:
+        """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
+        sample = self._sample(number)
+        _, gradient = curvature.gradient(self.proxy, sample.batch, sample.weights, **self._lower_options(sample))
+        self.proxy_optimizer.step(gradient)
+
+    def _sample(self, number: int) -> _Sample:
+        """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
+        batch = self.train.at(number).to(self.world.device)
+        size = self.config.micro_batch_size
+        scores = score_batch(self.score_model, batch, micro_batch_size=size)
+        weights = global_softmax(scores, self.world.group, unit_ids=batch.unit_ids, micro_batch_size=size)
+        return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
+
+    def _lower_options(self, sample: _Sample) -> dict:
+        config = self.config
+        return {
+            "teacher": sample.teacher,
+            "kl_weight": config.kl_weight,
+            "kl_direction": config.kl_direction,
+            "num_samples": config.global_batch_size,
+            "l2_weight": config.l2_weight,
+            "group": self.world.group,
+            "micro_batch_size": config.micro_batch_size,
+        }
+
+    def _validation_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Phi and b = grad Phi (eq. 4) on this step's validation batch."""
+        batch = self.validation.at(self.steps_done).to(self.world.device)
+        weights = curvature.validation_weights(batch, self.world.group)
+        options = {"group": self.world.group, "micro_batch_size": self.config.micro_batch_size}
+        loss, gradient = curvature.gradient(self.proxy, batch, weights, **options)
+        return loss, gradient.flat
+
+    def _solve(self, sample: _Sample, b: torch.Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
+        """Move z towards the solution of (C + delta I) z = b; the walk that comes back has d_i and the lower gradient.
+
+        With sgd the walk that measures C z gives d_i at that z, so nothing is computed for them alone.
+        """
+        config = self.config
+        if config.solver == "sgd":
+            for _ in range(config.solver_steps):
+                walk = self._walk(sample, self.z)
+                product = walk.product.flat
+                self.z, info = sgd_step(self.z, product, b, self.solver, config.damping, config.solver_max_step_size)
+                self.solver = info.state
+            return info, walk
+        self.z, info = solve(
+            lambda z: self._walk(sample, z).product.flat,
+            b,
+            self.z,
+            solver=config.solver,
+            steps=config.solver_steps,
+            damping=config.damping,
+            max_step_size=config.solver_max_step_size,
+            state=self.solver,
+        )
+        self.solver = info.state
+        return info, self._walk(sample, self.z)
+
+    def _walk(self, sample: _Sample, z: torch.Tensor) -> curvature.CurvatureProduct:
+        options = self._lower_options(sample)
+        return curvature.curvature_product(
+            self.proxy, sample.batch, sample.weights, z, curvature=self.config.curvature, **options
+        )
+
+    def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
+        """Sums over the global batch, in one small all-reduce."""
+        n, p, s = self.config.global_batch_size, sample.weights.double(), sample.scores.double()
+        sums = torch.stack(
+            [
+                walk.sample_losses.double().sum() / n,
+                -(p * p.log()).sum(),
+                (p * p).sum(),
+                s.sum() / n,
+                (s * s).sum() / n,
+            ]
+        )
+        if self.world.group is not None:
+            dist.all_reduce(sums, group=self.world.group)
+        train_loss, entropy, square, mean, second_moment = sums.tolist()
+        return {
+            "train_loss": train_loss,
+            "kl": float(walk.kl),
+            "entropy": entropy,
+            "effective_samples": 1 / square,
+            "score_mean": mean,
+            "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
+        }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A batch of the lower level with its scores s_i [b], weights P_i [b] and the target's view of it."""
+
+    batch: Batch
+    scores: torch.Tensor
+    weights: torch.Tensor
+    teacher: Teacher | None
+
+
+def run_steps(
+    trainer: Trainer,
+    total_steps: int,
+    *,
+    folder: Path,
+    save_interval: int,
+    log_interval: int,
+    metrics: MetricsLogger,
+    labels: dict,
+    groups: Groups,
+    show_progress: bool,
+) -> None:
+    """Train to ``total_steps`` from the latest state in ``folder``, if any; a resumed run equals an uninterrupted one."""
+    path = folder / "latest.pt"
+    if path.is_file():
+        trainer.load_state_dict(checkpoint.load_state(path, groups.device))
+    metrics.truncate(**labels, step=trainer.steps_done)
+    description = " ".join(["warm-up" if not labels["round"] else f"round {labels['round']}", labels["stage"]])
+    with progress(
+        total_steps, description=description, unit="steps", enabled=show_progress, initial=trainer.steps_done
+    ) as bar:
+        while trainer.steps_done < total_steps:
+            values = trainer.step()
+            step, is_last = trainer.steps_done, trainer.steps_done == total_steps
+            if step % log_interval == 0 or is_last:
+                metrics.log(step, values, **labels)
+                bar.set(**{name: values[name] for name in SHOWN if name in values})
+            bar.update(1)
+            if step % save_interval == 0 and not is_last:
+                with failing_together(groups):
+                    if groups.is_main:
+                        checkpoint.save_state(path, trainer.state_dict())

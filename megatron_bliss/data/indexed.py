@@ -246,6 +246,16 @@ class CorpusWriter:
         """Units added so far."""
         return sum(map(len, self._lengths))
 
+    def record(self, counts: dict | None = None) -> dict:
+        """What a manifest says of the finished pair; ``counts`` are added to units and tokens."""
+        return {
+            "dtype": self.dtype.name,
+            "counts": {"units": self.num_units, "tokens": self.num_tokens, **(counts or {})},
+            "index_sha256": self.index_sha256,
+            "bin_bytes": self.bin_bytes,
+            "bin_sha256": self.bin_sha256,
+        }
+
     def __enter__(self) -> CorpusWriter:
         return self
 

@@ -7,6 +7,7 @@ vocab_size, eod; None for a corpus of other software), ``dtype``, ``counts`` (un
 
 from __future__ import annotations
 
+import json
 import os
 
 from megatron_bliss.data.indexed import IndexedCorpus
@@ -72,6 +73,44 @@ def corpus_digest(prefix: str | os.PathLike) -> str:
             "replaced; make it again"
         )
     return manifest["digest"]
+
+
+def finished_manifest(prefix: str | os.PathLike, wanted: dict, files: list[str]) -> dict | None:
+    """The manifest of a finished corpus if it was made from these files with these settings; None if there is nothing yet.
+
+    wanted: manifest keys that have to agree, ``tokenizer`` among them. Raises ValueError when the name is taken by anything
+    else: finished work is never overwritten.
+    """
+    if not os.path.exists(manifest_path(prefix)):
+        taken = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
+        if taken:
+            raise ValueError(
+                f"{taken[0]} exists without a manifest, so it is not known what it is: remove it or change --output-prefix"
+            )
+        return None
+    manifest = read_manifest(prefix)
+    differences = [key for key in wanted if _comparable(manifest.get(key)) != _comparable(wanted[key])]
+    if not differences and not _same_sources(manifest.get("sources", []), files):
+        differences = ["sources"]
+    if differences:
+        raise ValueError(
+            f"{manifest_path(prefix)} is finished with another {' and '.join(differences)}: remove what it describes or change "
+            "--output-prefix"
+        )
+    return manifest
+
+
+def _comparable(value: object) -> object:
+    """A manifest value as JSON holds it, without the place of the tokenizer's file."""
+    value = json.loads(json.dumps(value))
+    return {key: part for key, part in value.items() if key != "file"} if isinstance(value, dict) else value
+
+
+def _same_sources(recorded: list[dict], files: list[str]) -> bool:
+    now = [(os.path.basename(file), os.path.getsize(file)) for file in files]
+    if now != [(os.path.basename(entry["file"]), entry["bytes"]) for entry in recorded]:
+        return False
+    return all(sha256_file(file) == entry["sha256"] for file, entry in zip(files, recorded, strict=True))
 
 
 def adopt_manifest(prefix: str | os.PathLike, tokenizer: dict | None, unit: str = "document") -> dict:

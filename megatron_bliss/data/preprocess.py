@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_bliss.data.indexed import CorpusWriter
-from megatron_bliss.data.manifest import manifest_path, read_manifest, write_manifest
+from megatron_bliss.data.manifest import finished_manifest, write_manifest
 from megatron_bliss.data.provenance import ProvenanceWriter, WindowCutter, document_table, field_values
 from megatron_bliss.data.sources import (
     BadLine,
@@ -35,9 +35,7 @@ from megatron_bliss.data.sources import (
     write_rejects,
 )
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_bliss.files import atomic_file, sha256_file
-
-OUTPUT_SUFFIXES = (".bin", ".idx", ".provenance.parquet", ".rejected.jsonl")
+from megatron_bliss.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,6 @@ class PreprocessSettings:
     def ends_documents(self) -> bool:
         """Whether every document ends with EOD: always in windows, which join documents."""
         return self.append_eod or self.unit == "window"
-
-    def record(self) -> dict:
-        """For the manifest."""
-        return {"json_keys": list(self.json_keys), "append_eod": self.ends_documents}
 
 
 @dataclass
@@ -172,7 +166,8 @@ def preprocess(settings: PreprocessSettings, *, show_progress: bool = False) -> 
     prefix = settings.output_prefix
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
     sources = [SourceState(file) for file in expand_inputs(settings.inputs)]
-    finished = _finished(settings, tokenizer, sources)
+    identity = _identity(settings, tokenizer)
+    finished = finished_manifest(prefix, identity, [source.file for source in sources])
     if finished is not None:
         return finished
     os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
@@ -190,7 +185,8 @@ def preprocess(settings: PreprocessSettings, *, show_progress: bool = False) -> 
             if cutter:
                 _write(writer, provenance, cutter.finish())
         check_rejects(totals.rejected, totals.lines, settings.max_bad_fraction, rejected_path)
-    return write_manifest(prefix, _manifest(settings, tokenizer, sources, writer, totals))
+    counts = {"documents": totals.documents, "rejected": totals.rejected}
+    return write_manifest(prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]})
 
 
 @dataclass
@@ -233,68 +229,12 @@ def _with_progress(
             yield block
 
 
-def _manifest(
-    settings: PreprocessSettings,
-    tokenizer: Tokenizer,
-    sources: list[SourceState],
-    writer: CorpusWriter,
-    totals: _Totals,
-) -> dict:
+def _identity(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict:
+    """What decides, together with the sources, whether a finished corpus is the one asked for."""
     return {
         "kind": "corpus",
         "unit": settings.unit,
         "window_length": settings.window_length if settings.unit == "window" else None,
         "tokenizer": tokenizer.identity(),
-        "dtype": writer.dtype.name,
-        "counts": {
-            "units": writer.num_units,
-            "tokens": writer.num_tokens,
-            "documents": totals.documents,
-            "rejected": totals.rejected,
-        },
-        "index_sha256": writer.index_sha256,
-        "bin_bytes": writer.bin_bytes,
-        "bin_sha256": writer.bin_sha256,
-        "settings": settings.record(),
-        "sources": [source.record() for source in sources],
+        "settings": {"json_keys": list(settings.json_keys), "append_eod": settings.ends_documents},
     }
-
-
-def _finished(settings: PreprocessSettings, tokenizer: Tokenizer, sources: list[SourceState]) -> dict | None:
-    """The manifest of a finished corpus of the same inputs and settings; None when there is nothing yet."""
-    prefix = settings.output_prefix
-    if not os.path.exists(manifest_path(prefix)):
-        # without a manifest only the index pair could be someone's finished work
-        taken = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
-        if taken:
-            raise ValueError(
-                f"{taken[0]} exists without a manifest, so it is not known what it is: remove it or change --output-prefix"
-            )
-        return None
-    manifest = read_manifest(prefix)
-    found = {key: manifest.get(key) for key in ("kind", "unit", "window_length", "tokenizer", "settings")}
-    wanted = {
-        "kind": "corpus",
-        "unit": settings.unit,
-        "window_length": settings.window_length if settings.unit == "window" else None,
-        "tokenizer": tokenizer.identity(),
-        "settings": settings.record(),
-    }
-    for record in (found, wanted):
-        record["tokenizer"] = record["tokenizer"] and {**record["tokenizer"], "file": None}
-    differences = [key for key in wanted if found[key] != wanted[key]]
-    if not differences and not _same_sources(manifest.get("sources", []), sources):
-        differences = ["sources"]
-    if differences:
-        raise ValueError(
-            f"{manifest_path(prefix)} is finished with another {' and '.join(differences)}: remove that corpus or change "
-            "--output-prefix"
-        )
-    return manifest
-
-
-def _same_sources(recorded: list[dict], sources: list[SourceState]) -> bool:
-    now = [(os.path.basename(source.file), os.path.getsize(source.file)) for source in sources]
-    if now != [(os.path.basename(entry["file"]), entry["bytes"]) for entry in recorded]:
-        return False
-    return all(sha256_file(source.file) == entry["sha256"] for source, entry in zip(sources, recorded, strict=True))

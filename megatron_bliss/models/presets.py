@@ -114,8 +114,8 @@ PRESETS: dict[str, Architecture] = {
     "pythia-6.9b": _pythia(32, 4096, 32, vocab_size=50432),  # 6,857,302,016
     "llama-134m": _llama(12, 768, 2048, heads=12, groups=12),  # 134,105,856
     "llama-300m": _llama(20, 1024, 2944, heads=16, groups=4),  # 298,886,144
-    "llama-0.5b": _llama(24, 1280, 3456, heads=20, groups=4),  # 494,858,240
-    "llama-1b": _llama(20, 2048, 5632, heads=32, groups=4),  # 1,011,957,760
+    "llama-0.5b": _llama(24, 1280, 3456, heads=20, groups=4),  # 494,859,520
+    "llama-1b": _llama(20, 2048, 5632, heads=32, groups=4),  # 1,011,959,808
 }
 
 
@@ -185,8 +185,6 @@ def flops_per_token(arch: Architecture, seq_length: int) -> float:
     (seq_length + 1) / 2 tokens on average. Norms, softmax and activations are left out.
     """
     ffn_matrices = 2 if arch.architecture == "gpt_neox" else 3
-    linear = arch.hidden_size * (
-        arch.query_key_value_size + arch.hidden_size + ffn_matrices * arch.ffn_hidden_size
-    )
+    linear = arch.hidden_size * (arch.query_key_value_size + arch.hidden_size + ffn_matrices * arch.ffn_hidden_size)
     attention = 2 * arch.hidden_size * (seq_length + 1) / 2
     return 2.0 * (arch.num_layers * (linear + attention) + arch.vocab_size * arch.hidden_size)

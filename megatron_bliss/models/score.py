@@ -61,9 +61,7 @@ def build_score_model(
     device: torch.device | str = "cpu",
 ) -> ScoreModel:
     """A score model of ``architecture``, its trunk new or a copy of ``trunk_from``'s."""
-    model = ScoreModel(
-        architecture, config.activation, config.head_init_std, seed, dtype=dtype, device=device
-    )
+    model = ScoreModel(architecture, config.activation, config.head_init_std, seed, dtype=dtype, device=device)
     if trunk_from is not None:
         _copy_trunk(trunk_from, model)
     return model

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_bliss.config import TargetConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.target_layers import VocabularyParallelCrossEntropy, layer_spec
-from megatron_bliss.parallel import Groups
+from megatron_bliss.parallel import Groups, all_gather
 
 T = TypeVar("T")
 Target = list["TargetChunk"]
@@ -43,17 +43,16 @@ class TargetChunk(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """tokens [b, s], labels [b, s] -> on the last stage fp32 losses [b, s]; else hidden states [s, b, w].
 
         Without labels the last stage, too, gives hidden states, after the final norm. Under sequence parallelism the
-        hidden states are this rank's part of the sequence.
+        hidden states are this rank's part of the sequence. Tokens are read by the first stage, labels by the last.
         """
-        embedded = None
-        if self.pre_process:
-            embedded = self.embedding(input_ids=tokens, position_ids=None)
+        embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        seq_length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
         hidden_states = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(tokens.shape[1])
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(seq_length)
         )
         if not self.post_process or labels is None:
             return hidden_states
@@ -91,12 +90,17 @@ def build_target(
         post_process=groups.is_last_pipeline_stage,
         share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_percent=architecture.rotary_percent,
+        rotary_percent=_rotary_percent(architecture),
         rotary_base=architecture.rotary_base,
         pg_collection=groups.collection,
     )
     initialize_weights(chunk, architecture, groups, seed)
     return [chunk.to(groups.device)]
+
+
+def _rotary_percent(architecture: Architecture) -> float:
+    """The share of a head that megatron-core rounds down to the architecture's whole number of rotated channels."""
+    return min(1.0, (architecture.rotary_channels + 0.5) / architecture.kv_channels)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
@@ -287,15 +291,12 @@ def last_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_bat
 def output_weight(target: Target, groups: Groups, vocab_size: int) -> Tensor:
     """The output matrix [v, w] without its padding, gathered on every rank of the model-parallel group."""
     chunk = target[-1]
-    rows = chunk.vocab_size // groups.tensor_model_parallel_size
-    whole = torch.empty(
-        chunk.vocab_size, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=groups.device
-    )
+    config, tied = chunk.config, chunk.share_embeddings_and_output_weights
     if groups.is_last_pipeline_stage:
-        shared = chunk.share_embeddings_and_output_weights
-        mine = chunk.shared_embedding_or_output_weight() if shared else chunk.output_layer.weight
-        assert mine.shape[0] == rows
-        dist.all_gather_into_tensor(whole, mine.detach().contiguous(), group=groups.tensor_model_parallel_group)
+        mine = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+        whole = all_gather(mine.detach(), groups.tensor_model_parallel_group).flatten(0, 1)
+    else:
+        whole = torch.empty(chunk.vocab_size, config.hidden_size, dtype=config.params_dtype, device=groups.device)
     return _broadcast_from_last_stage(whole, groups)[:vocab_size]
 
 

@@ -24,6 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_bliss.parallel import all_gather
+
 
 def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
     """A norm sees its rank's part of the sequence: megatron-core sums the gradients of parameters marked so."""
@@ -182,7 +184,5 @@ def _combine(largest: Tensor, total: Tensor, predicted: Tensor, group: dist.Proc
     """log Σ exp over the whole vocabulary and the label's logit, from each rank's part; the same bits on every rank."""
     if group.size() == 1:
         return largest + total.log(), predicted
-    mine = torch.stack((largest + total.log(), predicted))
-    parts = torch.empty((group.size(), *mine.shape), dtype=mine.dtype, device=mine.device)
-    dist.all_gather_into_tensor(parts, mine, group=group)
+    parts = all_gather(torch.stack((largest + total.log(), predicted)), group)
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)

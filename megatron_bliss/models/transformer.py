@@ -144,7 +144,9 @@ def _block_parameters(arch: Architecture, options: dict) -> nn.ModuleDict:
             "query_key_value": _Affine(arch.query_key_value_size, width, bias=bias, **options),
             "attention_output": _Affine(width, width, bias=bias, **options),
             "feed_forward_norm": _Affine(width, bias=bias, **options),
-            "feed_forward_in": _Affine(ffn if arch.architecture == "gpt_neox" else 2 * ffn, width, bias=bias, **options),
+            "feed_forward_in": _Affine(
+                ffn if arch.architecture == "gpt_neox" else 2 * ffn, width, bias=bias, **options
+            ),
             "feed_forward_out": _Affine(width, ffn, bias=bias, **options),
         }
     )

@@ -1,0 +1,32 @@
+# setup: environment in .venv    demo: the quickstart, end to end    test: the test suite    lint, format: ruff
+PYTHON ?= python3
+PIP_OPTIONS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint format
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or two the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Corpus, tokenizer, preprocessing and the run itself; ARGS go to the script, such as ARGS=--short
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh $(ARGS)
+
+# One thread a process: distributed tests start several
+test: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: setup
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

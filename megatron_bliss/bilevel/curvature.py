@@ -1,0 +1,392 @@
+"""Gradients, Hessian and Gauss-Newton products of the lower level, and influences, without a graph of a graph.
+
+(3) G(theta) = sum_i P_i l_i + gamma (1/n) sum_i KL_i + lambda ||theta||²,  l_i and KL_i means over labelled tokens
+(6) d_i = <grad l_i, z>: a directional derivative, so one forward-mode pass gives all of them
+
+One walk: dual numbers forward through the blocks (walk.py), the analytic head (head.py), and back. Everything is a sum
+over samples, so it splits over micro-batches and ranks exactly; the ranks' sums meet in one all-reduce.
+
+A batch has ``tokens`` int64 [b, s], ``label_mask`` bool [b, s] (token t is to be predicted from tokens before t),
+``slice(i, j)`` and ``len()``. Options shared by the functions:
+
+teacher           the frozen target's hidden states on the same batch (head.Teacher); none: no KL term
+kl_weight         gamma
+kl_direction      proxy_to_target: KL(proxy || target); target_to_proxy: KL(target || proxy)
+num_samples       n; default: the samples of the batch, over the whole group
+l2_weight         lambda
+group             process group over which local sums are added; none: this rank alone
+micro_batch_size  samples that are worked on at once; 0: all
+recompute         recompute each block on the way back (True), keep graphs (False), or keep them while small (None)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bliss.bilevel.head import (
+    KL_DIRECTIONS,
+    HeadResult,
+    Positions,
+    Teacher,
+    Terms,
+    evaluate_head,
+    head_curvature,
+    head_gradient,
+    head_tangent,
+)
+from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
+from megatron_bliss.bilevel.walk import DualForward, DualWalk, GaussNewtonWalk, Scene, ValueWalk, keeps_graph
+from megatron_bliss.models.operations import rotary_table
+from megatron_bliss.models.transformer import LanguageModel
+
+CURVATURES = ("hessian", "gauss_newton")
+
+
+class ValueAndGradient(NamedTuple):
+    """G, its gradient by parameter name, this rank's l_i [b] and KL_i [b], and the mean KL over all n samples."""
+
+    loss: Tensor
+    gradient: ParameterVector
+    sample_losses: Tensor
+    sample_kl: Tensor
+    kl: Tensor
+
+
+class CurvatureProduct(NamedTuple):
+    """One pass at z: G, its gradient, C z, and for this rank's samples d_i, l_i and KL_i [b]; the mean KL over n."""
+
+    loss: Tensor
+    gradient: ParameterVector
+    product: ParameterVector
+    influence: Tensor
+    sample_losses: Tensor
+    sample_kl: Tensor
+    kl: Tensor
+
+
+class SampleLosses(NamedTuple):
+    """l_i [b] and KL_i [b] of this rank's samples."""
+
+    losses: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class _Lower:
+    """The coefficients of G for one rank's batch."""
+
+    teacher: Teacher | None
+    kl_weight: float
+    kl_direction: str
+    num_samples: int
+    micro_batch_size: int
+    recompute: bool | None
+
+    def micro_batches(self, batch, weights: Tensor) -> Iterator[tuple]:
+        """(batch, weights, teacher) of each micro-batch."""
+        size = self.micro_batch_size or max(len(batch), 1)
+        for start in range(0, len(batch), size):
+            stop = min(start + size, len(batch))
+            teacher = None if self.teacher is None else self.teacher.slice(start, stop)
+            yield batch.slice(start, stop), weights[start:stop], teacher
+
+
+def gradient(model: LanguageModel, batch, weights: Tensor, **options) -> tuple[Tensor, ParameterVector]:
+    """G (eq. 3) and its gradient by parameter name; ``weights`` [b] are P_i. Options: those of the module."""
+    return value_and_gradient(model, batch, weights, **options)[:2]
+
+
+@torch.no_grad()
+def value_and_gradient(
+    model: LanguageModel,
+    batch,
+    weights: Tensor,
+    *,
+    teacher: Teacher | None = None,
+    kl_weight: float = 0.0,
+    kl_direction: str = "proxy_to_target",
+    num_samples: int | None = None,
+    l2_weight: float = 0.0,
+    group=None,
+    micro_batch_size: int = 0,
+    recompute: bool | None = None,
+) -> ValueAndGradient:
+    """G (eq. 3), its gradient, and the samples' losses for logging; ``weights`` [b] are P_i."""
+    lower = _lower(
+        model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
+    )
+    sums = _Sums(model, vectors=1)
+    samples = [_gradient_pass(model, part, lower, sums) for part in lower.micro_batches(batch, weights)]
+    losses, kl = _join(model, samples)
+    sums.finish(model, losses, kl, weights, lower, group)
+    sums.add_l2(model, l2_weight, None)
+    return ValueAndGradient(sums.loss, sums.vectors[0], losses, kl, sums.kl)
+
+
+@torch.no_grad()
+def curvature_product(
+    model: LanguageModel,
+    batch,
+    weights: Tensor,
+    vector: Tensor | dict[str, Tensor],
+    *,
+    curvature: str = "hessian",
+    teacher: Teacher | None = None,
+    kl_weight: float = 0.0,
+    kl_direction: str = "proxy_to_target",
+    num_samples: int | None = None,
+    l2_weight: float = 0.0,
+    group=None,
+    micro_batch_size: int = 0,
+    recompute: bool | None = None,
+) -> CurvatureProduct:
+    """C z for z = ``vector`` (flat or by name), with G, its gradient and d_i = <grad l_i, z> (eq. 6), in one pass.
+
+    C is the Hessian of G, or its Gauss-Newton matrix, which is positive semi-definite: the Jacobian of the logits on
+    both sides of m (diag p - p pᵀ), m the mass of cross-entropy and KL at each position; l2 adds 2 lambda z to both.
+    """
+    if curvature not in CURVATURES:
+        raise ValueError(f"found curvature {curvature!r}, expected {' or '.join(CURVATURES)}: change bilevel.curvature")
+    lower = _lower(
+        model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
+    )
+    direction = as_vector(model, vector)
+    sums = _Sums(model, vectors=2)
+    samples = [
+        _curvature_pass(model, part, lower, direction, sums, gauss_newton=curvature == "gauss_newton")
+        for part in lower.micro_batches(batch, weights)
+    ]
+    losses, kl, influences = _join(model, samples, 3)
+    sums.finish(model, losses, kl, weights, lower, group)
+    sums.add_l2(model, l2_weight, direction)
+    return CurvatureProduct(sums.loss, *sums.vectors, influences, losses, kl, sums.kl)
+
+
+@torch.no_grad()
+def influence(model: LanguageModel, batch, vector: Tensor | dict[str, Tensor], *, micro_batch_size: int = 0) -> Tensor:
+    """d_i = <grad l_i, z> [b] for z = ``vector`` (eq. 6), by one forward-mode pass that keeps nothing."""
+    direction = as_vector(model, vector)
+    weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
+    lower = _Lower(None, 0.0, "proxy_to_target", 1, micro_batch_size, None)
+    parts = []
+    for part in lower.micro_batches(batch, weights):
+        micro = _MicroBatch(model, part, lower)
+        scene = micro.scene(model, vector=direction)
+        rows = micro.select(DualForward(scene).forward(micro.embed(scene, dual=True)))
+        hidden = scene.duals("").norm(rows, "final_norm")
+        weight, weight_tangent = model.output_weight.detach(), direction[_output_name(model)]
+        parts.append((micro.mean(head_tangent(hidden, weight, weight_tangent, micro.terms).tangent),))
+    return _join(model, parts, 1)[0]
+
+
+@torch.no_grad()
+def sample_losses(
+    model: LanguageModel,
+    batch,
+    *,
+    teacher: Teacher | None = None,
+    kl_direction: str = "proxy_to_target",
+    micro_batch_size: int = 0,
+) -> SampleLosses:
+    """l_i [b] and KL_i [b] (zero without a teacher), forward only; a sample without labelled tokens has loss 0."""
+    _check_direction(kl_direction)
+    lower = _Lower(teacher, 0.0, kl_direction, 1, micro_batch_size, False)
+    weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
+    parts = []
+    for part in lower.micro_batches(batch, weights):
+        micro = _MicroBatch(model, part, lower)
+        scene = micro.scene(model)
+        x = micro.embed(scene, dual=False)
+        for prefix in (f"blocks.{i}." for i in range(scene.arch.num_layers)):
+            x = scene.block(scene.values(prefix), x)
+        hidden = scene.values("").norm(micro.select(x), "final_norm")
+        parts.append(micro.per_sample(evaluate_head(hidden, model.output_weight.detach(), micro.terms)))
+    return SampleLosses(*_join(model, parts))
+
+
+def validation_weights(batch, group=None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [b] that make sum_i weights_i l_i the mean cross-entropy over all labelled tokens of the group (eq. 4)."""
+    labelled = batch.label_mask[:, 1:].sum(1).to(torch.float64)
+    total = labelled.sum()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return (labelled / total.clamp(min=1.0)).to(dtype)
+
+
+def _lower(
+    model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
+) -> _Lower:
+    """Check the options once and settle n."""
+    _check_direction(kl_direction)
+    if weights.shape != (len(batch),):
+        raise ValueError(f"found weights of shape {tuple(weights.shape)}, expected ({len(batch)},): one a sample")
+    if kl_weight and teacher is None:
+        raise ValueError(f"found kl_weight {kl_weight} without a teacher, expected its hidden states: set kl_weight 0")
+    if teacher is not None and kl_weight and len(teacher.output_weight) != model.architecture.vocab_size:
+        raise ValueError(
+            f"found a teacher with {len(teacher.output_weight)} tokens, expected the proxy's"
+            f" {model.architecture.vocab_size}: cut padding rows off its output matrix"
+        )
+    if num_samples is None:
+        count = torch.tensor(len(batch), device=batch.tokens.device)
+        if group is not None:
+            dist.all_reduce(count, group=group)
+        num_samples = int(count)
+    return _Lower(teacher if kl_weight else None, kl_weight, kl_direction, num_samples, micro_batch_size, recompute)
+
+
+def _check_direction(kl_direction: str) -> None:
+    if kl_direction not in KL_DIRECTIONS:
+        expected = " or ".join(KL_DIRECTIONS)
+        raise ValueError(f"found kl_direction {kl_direction!r}, expected {expected}: change bilevel.kl_direction")
+
+
+class _MicroBatch:
+    """One micro-batch, cut after its last labelled position (causal: nothing later matters), and its loss terms."""
+
+    def __init__(self, model: LanguageModel, part: tuple, lower: _Lower):
+        batch, weights, teacher = part
+        samples, targets = batch.label_mask[:, 1:].nonzero(as_tuple=True)
+        self.count = len(batch)
+        needed = int(targets.max()) + 1 if len(targets) else 1
+        self.length = min(batch.tokens.shape[1], -(-needed // 8) * 8)
+        self.tokens = batch.tokens[:, : self.length]
+        labels = batch.tokens[samples, targets + 1]
+        dtype = accumulation_dtype(next(model.parameters()).dtype)
+        self.share = 1.0 / batch.label_mask[:, 1:].sum(1).clamp(min=1).to(dtype)
+        self.rows = samples * self.length + targets
+        cross_entropy = (weights.detach().to(dtype) * self.share)[samples]
+        divergence = (self.share * (lower.kl_weight / lower.num_samples))[samples]
+        positions = Positions(samples, targets, labels)
+        self.terms = Terms(positions, cross_entropy, divergence, teacher, lower.kl_direction)
+
+    def scene(self, model: LanguageModel, **vectors) -> Scene:
+        """What the operations of a pass over this micro-batch need."""
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        weight = parameters["embedding.weight"]
+        rotary = rotary_table(model.architecture, self.length, weight.dtype, weight.device)
+        return Scene(model.architecture, parameters, rotary, **vectors)
+
+    def embed(self, scene: Scene, *, dual: bool) -> Tensor:
+        """Embeddings [b, s, w], or with tangents [2, b, s, w]."""
+        weight = scene.parameters["embedding.weight"]
+        if not dual:
+            return weight[self.tokens]
+        return torch.stack((weight[self.tokens], scene.vector["embedding.weight"][self.tokens]))
+
+    def embed_backward(self, adjoint: Tensor, sums: Tensor) -> None:
+        """Add the adjoint [b, s, w] of the embeddings to the embedding's ``sums`` [v, w]."""
+        sums.index_add_(0, self.tokens.reshape(-1), adjoint.reshape(-1, adjoint.shape[-1]).to(sums.dtype))
+
+    def select(self, x: Tensor) -> Tensor:
+        """Labelled positions of [..., b, s, w]: [..., N, w]."""
+        return x.flatten(-3, -2).index_select(-2, self.rows)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """The adjoint of ``select``."""
+        out = rows.new_zeros(*rows.shape[:-2], self.count * self.length, rows.shape[-1])
+        return out.index_copy_(-2, self.rows, rows).unflatten(-2, (self.count, self.length))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means [b] over each sample's labelled positions of values [N]; 0 where there is none."""
+        return torch.zeros_like(self.share).index_add_(0, self.terms.positions.samples, values) * self.share
+
+    def per_sample(self, result: HeadResult) -> tuple[Tensor, ...]:
+        """l_i, KL_i and, where there are tangents, d_i; each [b]."""
+        values = [result.cross_entropy, result.kl] + ([] if result.tangent is None else [result.tangent])
+        return tuple(self.mean(value) for value in values)
+
+
+class _Sums:
+    """Sums over micro-batches and ranks: vectors in parameter space, the loss and the KL, in one flat buffer."""
+
+    def __init__(self, model: LanguageModel, vectors: int):
+        parameter = next(model.parameters())
+        size, dtype = parameter_total(model), accumulation_dtype(parameter.dtype)
+        self.buffer = torch.zeros(vectors * size + 2, dtype=dtype, device=parameter.device)
+        self.vectors = [ParameterVector(model, self.buffer[i * size : (i + 1) * size]) for i in range(vectors)]
+
+    def finish(self, model, losses: Tensor, kl: Tensor, weights: Tensor, lower: _Lower, group) -> None:
+        """Add the scalars and bring all ranks' sums together in one all-reduce."""
+        mean_kl = kl.sum() / lower.num_samples
+        weighted = weights.detach().to(self.buffer.dtype) @ losses.to(self.buffer.dtype)
+        self.buffer[-2], self.buffer[-1] = weighted + lower.kl_weight * mean_kl, mean_kl
+        if group is not None:
+            dist.all_reduce(self.buffer, group=group)
+        self.loss, self.kl = self.buffer[-2].clone(), self.buffer[-1].clone()
+
+    def add_l2(self, model: LanguageModel, l2_weight: float, direction: dict[str, Tensor] | None) -> None:
+        """lambda ||theta||², 2 lambda theta and 2 lambda z: the same on every rank, so after the all-reduce."""
+        if not l2_weight:
+            return
+        for name, parameter in model.named_parameters():
+            value = parameter.detach().to(self.buffer.dtype)
+            self.loss += l2_weight * value.pow(2).sum()
+            self.vectors[0][name].add_(value, alpha=2 * l2_weight)
+            if direction is not None:
+                self.vectors[1][name].add_(direction[name], alpha=2 * l2_weight)
+
+
+def _gradient_pass(model: LanguageModel, part: tuple, lower: _Lower, sums: _Sums) -> tuple[Tensor, ...]:
+    """One micro-batch of an ordinary gradient."""
+    micro, (total,) = _MicroBatch(model, part, lower), sums.vectors
+    scene = micro.scene(model, gradient=total)
+    x = micro.embed(scene, dual=False)
+    keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=False, recompute=lower.recompute)
+    walk = ValueWalk(scene, keep=keep)
+    rows = micro.select(walk.forward(x)).requires_grad_()
+    names = {n: p.detach().requires_grad_() for n, p in scene.parameters.items() if n.startswith("final_norm.")}
+    with torch.enable_grad():
+        hidden = scene.values("", names).norm(rows, "final_norm")
+    result = head_gradient(hidden.detach(), model.output_weight.detach(), micro.terms, total[_output_name(model)])
+    found = torch.autograd.grad(hidden, [rows, *names.values()], result.adjoint)
+    for name, part_gradient in zip(names, found[1:], strict=True):
+        total[name].add_(part_gradient)
+    micro.embed_backward(walk.backward(micro.scatter(found[0])), total["embedding.weight"])
+    return micro.per_sample(result)
+
+
+def _curvature_pass(
+    model: LanguageModel, part: tuple, lower: _Lower, direction: dict, sums: _Sums, *, gauss_newton: bool
+) -> tuple[Tensor, ...]:
+    """One micro-batch of gradient, product and influences."""
+    micro, (total, product) = _MicroBatch(model, part, lower), sums.vectors
+    scene = micro.scene(model, vector=direction, gradient=total, product=product, gauss_newton=gauss_newton)
+    x = micro.embed(scene, dual=True)
+    keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=True, recompute=lower.recompute)
+    walk = GaussNewtonWalk(scene) if gauss_newton and not keep else DualWalk(scene, keep=keep)
+    rows = micro.select(walk.forward(x)).requires_grad_()
+    with torch.enable_grad():
+        hidden = scene.duals("").norm(rows, "final_norm")
+    name = _output_name(model)
+    result = head_curvature(
+        hidden.detach(),
+        scene.parameters[name],
+        direction[name],
+        micro.terms,
+        total[name],
+        product[name],
+        gauss_newton=gauss_newton,
+    )
+    (adjoint,) = torch.autograd.grad(hidden, rows, result.adjoint)
+    adjoint = walk.backward(micro.scatter(adjoint))
+    micro.embed_backward(adjoint[1], total["embedding.weight"])
+    micro.embed_backward(adjoint[0], product["embedding.weight"])
+    return micro.per_sample(result)
+
+
+def _output_name(model: LanguageModel) -> str:
+    return "output.weight" if model.architecture.untie_embeddings_and_output_weights else "embedding.weight"
+
+
+def _join(model: LanguageModel, parts: list[tuple[Tensor, ...]], count: int = 2) -> list[Tensor]:
+    """Per-sample results of the micro-batches put together; empty where this rank has no sample."""
+    parameter = next(model.parameters())
+    empty = torch.zeros(0, dtype=accumulation_dtype(parameter.dtype), device=parameter.device)
+    return [torch.cat([empty, *(part[index] for part in parts)]) for index in range(count)]

@@ -1,0 +1,1 @@
+"""Text that every machine with Python has, for a corpus to try things on without a network."""

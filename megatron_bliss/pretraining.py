@@ -1,0 +1,308 @@
+"""One segment of the target's training: from one checkpoint to the next over one corpus, resumable, measured on the way.
+
+Iterations are counted over the whole run: a segment goes from ``first_iteration`` done to ``last_iteration`` done. Shapes:
+b samples, s tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bliss import checkpoint
+from megatron_bliss.config import PlatformConfig, PretrainingConfig, TargetConfig
+from megatron_bliss.data.batches import Batch
+from megatron_bliss.data.sequences import MicroBatch, TrainingSequences
+from megatron_bliss.metrics import MetricsLogger, Progress, progress
+from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.target import Target, build_target, forward_only
+from megatron_bliss.parallel import Groups
+from megatron_bliss.platform import choose_dtype
+from megatron_bliss.target_trainer import TargetTrainer, load_target_weights
+
+Evaluation = list[Any]
+"""[iteration, tokens trained on since the start of the run, {test set: loss}]."""
+BACKWARD_TO_FORWARD = 2
+"""A backward pass costs twice the forward pass."""
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What a segment left: evaluations in order, its tokens, seconds (all parts of a resumed one), FLOPs, checkpoint."""
+
+    evaluations: list[Evaluation]
+    tokens: int
+    seconds: float
+    flops: float
+    checkpoint: Path
+
+
+def train_segment(
+    *,
+    config: PretrainingConfig,
+    target_config: TargetConfig,
+    architecture: Architecture,
+    groups: Groups,
+    platform: PlatformConfig,
+    data_prefix: str,
+    seq_length: int,
+    seed: int,
+    start: str | Path | None,
+    first_iteration: int,
+    last_iteration: int,
+    total_iterations: int,
+    folder: str | Path,
+    save_interval: int,
+    metrics: MetricsLogger | None = None,
+    log_interval: int = 10,
+    evaluate: Callable[[Target], dict[str, float]] | None = None,
+    arm: str = "",
+    round: int = 0,
+    stage: str = "pretrain",
+    progress: bool = False,
+    num_workers: int = 0,
+    init_seed: int | None = None,
+) -> SegmentResult:
+    """Collective: train the target on ``data_prefix`` and leave ``folder/step_LAST/``.
+
+    Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer), else from
+    initial weights. ``seed`` orders the data (and, unless ``init_seed`` is given, draws the weights). ``total_iterations``
+    spans the learning-rate schedule over all segments. Losses are means over real tokens of the whole batch.
+
+    A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
+    ValueError for options that don't fit, RuntimeError on every rank where loss or gradient are no longer finite.
+    """
+    if not first_iteration < last_iteration <= total_iterations:
+        raise ValueError(
+            f"found a segment from iteration {first_iteration} to {last_iteration} of {total_iterations}, expected "
+            "0 <= first < last <= total: set pretraining.warmup_iters and pretraining.train_iters to at least 1"
+        )
+    target = build_target(
+        target_config,
+        architecture,
+        groups,
+        seq_length=seq_length,
+        params_dtype=choose_dtype(platform),
+        seed=seed if init_seed is None else init_seed,
+    )
+    trainer = TargetTrainer(target, config, groups, seq_length=seq_length, total_iterations=total_iterations)
+    data = TrainingSequences(
+        data_prefix,
+        groups,
+        seq_length=seq_length,
+        num_samples=(last_iteration - first_iteration) * config.global_batch_size,
+        vocab_size=architecture.vocab_size,
+        seed=seed,
+        cache_folder=Path(folder) / "data_cache",
+        num_workers=num_workers,
+    )
+    segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration)
+    segment.load(start)
+    log = _Log(metrics, log_interval, progress and groups.is_main, arm=arm, round=round, stage=stage)
+    segment.run(config.eval_interval, save_interval, evaluate, log)
+    tokens = (last_iteration - first_iteration) * segment.tokens_per_iteration
+    return SegmentResult(
+        evaluations=segment.evaluations,
+        tokens=tokens,
+        seconds=segment.seconds,
+        flops=(1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length) * tokens,
+        checkpoint=checkpoint.step_folder(folder, last_iteration),
+    )
+
+
+class _Log:
+    """Where the numbers of a segment go."""
+
+    def __init__(
+        self, metrics: MetricsLogger | None, interval: int, show_progress: bool, **labels: str | int
+    ) -> None:
+        self.metrics, self.interval, self.show_progress, self.labels = metrics, interval, show_progress, labels
+        self._seconds, self._iterations = 0.0, 0
+
+    def bar(self, total: int, done: int) -> Progress:
+        """The progress line of the segment."""
+        name = " ".join(str(part) for part in (self.labels["arm"], "round", self.labels["round"]))
+        description = f"{name} target" if self.labels["round"] else "warm-up target"
+        return progress(total, description=description, unit="steps", enabled=self.show_progress, initial=done)
+
+    def count(self, seconds: float) -> None:
+        """Add an iteration's time (evaluations and checkpoints are left out)."""
+        self._seconds, self._iterations = self._seconds + seconds, self._iterations + 1
+
+    def milliseconds_per_iteration(self) -> float:
+        """Mean since the last call."""
+        milliseconds = 1000 * self._seconds / self._iterations
+        self._seconds, self._iterations = 0.0, 0
+        return milliseconds
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log values at a step of the segment."""
+        if self.metrics is not None:
+            self.metrics.log(step, values, **self.labels)
+
+    def drop_after(self, step: int) -> None:
+        """Forget what a killed run logged after the checkpoint that this one goes on from."""
+        if self.metrics is not None:
+            self.metrics.truncate(step=step, **self.labels)
+
+
+class _Segment:
+    """Progress of one segment: its counters, and the loop that moves them."""
+
+    def __init__(self, trainer: TargetTrainer, data: TrainingSequences, folder: Path, first: int, last: int) -> None:
+        self.trainer, self.data, self.folder, self.first, self.last = trainer, data, folder, first, last
+        self.groups, self.config = trainer.groups, trainer.config
+        self.iteration, self.seconds = first, 0.0
+        self.evaluations: list[Evaluation] = []
+        self.tokens_per_iteration = trainer.config.global_batch_size * trainer.seq_length
+
+    def load(self, start: str | Path | None) -> None:
+        """Go on from this folder's newest checkpoint, or begin from ``start``."""
+        own = checkpoint.latest(self.folder)
+        path = own or start
+        if path is None:
+            return
+        shared, weights, state = checkpoint.load_checkpoint(path, self.groups)
+        if own is None and shared["iteration"] != self.first:
+            raise ValueError(
+                f"found iteration {shared['iteration']} in checkpoint {path}, expected {self.first}: the segment before "
+                "was trained with another pretraining.warmup_iters or pretraining.train_iters"
+            )
+        if own is not None and shared["data"] != self.data.digest:
+            raise ValueError(
+                f"found another index at {self.data.prefix}.idx than checkpoint {path} was trained on: put the old one "
+                f"back, or remove {self.folder} to train this stage again"
+            )
+        self.trainer.load(weights, state, shared["iteration"])
+        self.iteration = shared["iteration"]
+        if own is not None:
+            self.seconds, self.evaluations = shared["seconds"], shared["evaluations"]
+
+    def save(self) -> None:
+        """Collective: write a checkpoint of this iteration."""
+        shared = {
+            "iteration": self.iteration,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "data": self.data.digest,
+        }
+        weights, state = self.trainer.weights(), self.trainer.state()
+        checkpoint.save_checkpoint(
+            self.folder, self.iteration, self.groups, shared=shared, weights=weights, state=state
+        )
+
+    def run(
+        self, eval_interval: int, save_interval: int, evaluate: Callable[[Target], dict[str, float]] | None, log: _Log
+    ) -> None:
+        """Train to the last iteration."""
+        log.drop_after(self.iteration - self.first)
+        consumed = (self.iteration - self.first) * self.config.global_batch_size
+        batches = self.data.micro_batches(consumed, self.config.global_batch_size, self.config.micro_batch_size)
+        seconds_before, began = self.seconds, time.perf_counter()
+        with log.bar(self.last - self.first, self.iteration - self.first) as bar:
+            while self.iteration < self.last:
+                self._iterate(batches, log, bar)
+                is_last = self.iteration == self.last
+                if evaluate is not None and (is_last or self.iteration % eval_interval == 0):
+                    self._evaluate(evaluate, log)
+                self.seconds = seconds_before + time.perf_counter() - began
+                if is_last or self.iteration % save_interval == 0:
+                    self.save()
+
+    def _iterate(self, batches: Iterator[MicroBatch], log: _Log, bar: Progress) -> None:
+        began = time.perf_counter()
+        step = self.trainer.step(batches)
+        log.count(time.perf_counter() - began)
+        self.iteration += 1
+        if not step.is_finite:
+            self._stop(step.grad_norm)
+        bar.update()
+        if self.iteration % log.interval == 0 or self.iteration == self.last:
+            loss, milliseconds = self.trainer.take_loss(), log.milliseconds_per_iteration()
+            bar.set(loss=loss)
+            values = {
+                "loss": loss,
+                "grad_norm": step.grad_norm,
+                "lr": step.lr,
+                "tokens_per_second": 1000 * self.tokens_per_iteration / milliseconds,
+                "milliseconds_per_iteration": milliseconds,
+            }
+            log.write(self.iteration - self.first, values)
+
+    def _stop(self, grad_norm: float) -> None:
+        """Every rank raises: the gradient's norm is the same number on all of them."""
+        raise RuntimeError(
+            f"found loss {self.trainer.take_loss()} and gradient norm {grad_norm} at iteration {self.iteration}, expected "
+            f"finite numbers: nothing was saved after {checkpoint.latest(self.folder) or 'the start of the segment'}; "
+            "lower pretraining.optimizer.lr, lengthen lr_warmup_iters or lower clip_grad, then run the same command again"
+        )
+
+    def _evaluate(self, evaluate: Callable[[Target], dict[str, float]], log: _Log) -> None:
+        losses = evaluate(self.trainer.target)
+        self.evaluations.append([self.iteration, self.iteration * self.tokens_per_iteration, losses])
+        log.write(self.iteration - self.first, {f"evaluation/{name}": loss for name, loss in losses.items()})
+
+
+def load_target(
+    path: str | Path,
+    *,
+    target_config: TargetConfig,
+    architecture: Architecture,
+    groups: Groups,
+    platform: PlatformConfig,
+    seq_length: int,
+    seed: int = 0,
+) -> Target:
+    """Collective: the target with the weights of a checkpoint, to be used as it is (not trained)."""
+    dtype = choose_dtype(platform)
+    target = build_target(target_config, architecture, groups, seq_length=seq_length, params_dtype=dtype, seed=seed)
+    load_target_weights(target, checkpoint.load_weights(path, groups))
+    for chunk in target:
+        chunk.requires_grad_(False)
+    return target
+
+
+def evaluate_loss(target: Target, batches: Sequence[Batch], groups: Groups) -> float:
+    """Collective: mean of -log p over the labelled tokens of all batches, which every rank brings; eq. (4)'s measure.
+
+    Data-parallel replicas take turns by batch. Exact, and the same at every parallel layout but for rounding in a
+    forward pass. ValueError where no token is labelled.
+    """
+    mine = list(batches)[groups.data_parallel_rank :: groups.data_parallel_size]
+    rows = max((len(batch) for batch in mine), default=0)
+    width = max((batch.tokens.shape[1] for batch in mine), default=0)
+    multiple = groups.tensor_model_parallel_size if target[0].config.sequence_parallel else 1
+    width += -width % multiple
+    micro_batches, masks = [], []
+    for batch in mine:
+        tokens, mask = batch.tokens, batch.label_mask
+        if groups.pipeline_model_parallel_size > 1 or multiple > 1:  # one shape for all micro-batches of a pipeline
+            tokens, mask = _pad(tokens, rows, width), _pad(mask, rows, width)
+        micro_batches.append((tokens, tokens.roll(-1, 1)))
+        masks.append(F.pad(mask[:, 1:], (0, 1)))
+
+    def collect(losses: Tensor, index: int) -> tuple[float, float]:
+        mask = masks[index].to(losses.device)
+        return losses.double()[mask].sum().item(), float(mask.sum().item())
+
+    parts = forward_only(target, micro_batches, collect, groups)
+    counted = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
+    sums = [math.fsum(part[i] for part in parts) if counted else 0.0 for i in (0, 1)]
+    total = torch.tensor(sums, dtype=torch.float64, device=groups.device)
+    dist.all_reduce(total, group=groups.world_group)
+    if not total[1]:
+        raise ValueError("found no labelled token in the evaluation batches, expected at least one: check the test set")
+    return (total[0] / total[1]).item()
+
+
+def _pad(tensor: Tensor, rows: int, width: int) -> Tensor:
+    return F.pad(tensor, (0, width - tensor.shape[1], 0, rows - tensor.shape[0]))

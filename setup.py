@@ -1,0 +1,44 @@
+"""Packaging: ``pip install -e '.[dev]' -c constraints.txt`` installs what the tests were run with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "megatron_bliss/__init__.py").read_text(), re.MULTILINE).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="megatron_bliss",
+    version=VERSION,
+    description="Choose the data a language model is pre-trained on by bilevel optimisation (BLISS), on megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["megatron_bliss", "megatron_bliss.*"]),
+    package_data={"megatron_bliss": ["*.css"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "psutil",  # megatron-core's dist_checkpointing needs it and does not declare it: without it a save hangs
+        "numpy",
+        "tokenizers",
+        "sentencepiece",
+        "jsonargparse[signatures]",
+        "pyyaml",
+        "pyarrow",
+        "orjson",
+        "safetensors",
+        "tensorboard",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "eval": ["lm-eval==0.4.13"],
+        "gpu": ["transformer-engine[pytorch]"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+    },
+)
