@@ -19,8 +19,8 @@ ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "evaluate")
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line (``sys.argv`` by default) into a checked configuration.
 
-    Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations that
-    cannot work.
+    Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations
+    that cannot work.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
@@ -77,14 +77,14 @@ def _check_run(config: Config) -> None:
     known = ("bliss", *BASELINES)
     unknown = [name for name in arm_names(config) if name not in known]
     if unknown or not arm_names(config):
-        raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}: set --arms")
+        raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}")
     if config.rounds < 1:
         raise ValueError(f"found rounds {config.rounds}, expected at least 1")
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
     if config.stage in ROUND_STAGES:
         if config.round is None or not 1 <= config.round <= config.rounds:
-            raise ValueError(f"found round {config.round} for --stage {config.stage}, expected --round 1..{config.rounds}")
+            raise ValueError(f"found round {config.round} for --stage {config.stage}, expected 1 to {config.rounds}")
         if config.arm not in arm_names(config):
             raise ValueError(f"found arm {config.arm!r} for --stage {config.stage}, expected --arm among {config.arms}")
 
@@ -117,7 +117,8 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_model(name: str, model: ModelConfig) -> None:
-    if model.preset is None and None in (model.architecture, model.num_layers, model.hidden_size, model.num_attention_heads):
+    sizes = (model.architecture, model.num_layers, model.hidden_size, model.num_attention_heads)
+    if model.preset is None and None in sizes:
         raise ValueError(
             f"found no size for the {name}, expected {name}.preset or all of {name}.architecture, {name}.num_layers, "
             f"{name}.hidden_size, {name}.num_attention_heads"

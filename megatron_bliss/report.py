@@ -131,6 +131,7 @@ def _head(run: RunData) -> str:
         facts += [f"seed {run.summary.get('seed')}", f"config {str(run.summary.get('config_digest'))[:12]}"]
         facts += [f"{name} {version}" for name, version in run.summary.get("versions", {}).items()]
     lead = speedup_sentence(run.summary) if run.summary else "No evaluation has been written yet."
+    lead = lead if run.is_finished or not run.summary else f"So far: {lead}"
     return (
         f'<header>\n<h1>{escape(run.name)}<span class="pill{"" if run.is_finished else " open"}">{state}</span></h1>\n'
         f'<p class="meta">{escape(" · ".join(facts))}</p>\n</header>\n'
@@ -239,7 +240,7 @@ def _pretraining_section(run: RunData) -> str:
     figures = []
     for stage in dict.fromkeys(entry["stage"] for entry in run.metrics if entry["arm"] == "shared"):
         caption = "Training loss before the first round, shared by all arms."
-        title = f"Warm-up of the {stage}" if stage in ("target", "proxy") else f"Warm-up: {stage}"
+        title = f"Warm-up of the {'target' if stage == 'pretrain' else stage}"
         figures.append(_curve_figure(run, stage, ["shared"], {"loss": ""}, title, caption))
     for key, title, caption in (
         ("loss", "Target training loss", "On what each arm selected: not comparable between arms."),
@@ -257,10 +258,11 @@ def _bilevel_section(run: RunData) -> str:
     most = {"level": math.log(size)} if size else {}
     charts: list[tuple[dict, str, str, dict]] = [
         ({"validation_loss": ""}, "Validation loss of the proxy", "Φ, eq. (4), nats per labelled token.", {}),
-        ({"train_loss": "plain mean", "lower_loss": "lower level G"}, "Proxy training loss", "Eq. (3).", {}),
+        ({"train_loss": "plain mean", "lower_loss": "lower level G"}, "Proxy training loss",
+         "On the batch; G as in eq. (3).", {}),
         ({"kl": ""}, "KL between proxy and target", "Nats per token.", {}),
         ({"entropy": ""}, "Entropy of P", "Eq. (2), in nats; dashed: log n, all samples weigh the same.", most),
-        ({"effective_samples": ""}, "Effective sample size", "exp(entropy of P); dashed: n.",
+        ({"effective_samples": ""}, "Effective sample size", "1 / Σ P²; dashed: n, all samples weigh the same.",
          {"level": float(size)} if size else {}),
         ({"score_mean": "mean", "score_std": "standard deviation"}, "Scores in the batch", "Eq. (1).", {}),
         ({"residual": ""}, "Residual of the linear system", "Eq. (5), relative to its right-hand side.",

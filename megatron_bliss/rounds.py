@@ -3,8 +3,8 @@
     shards, warm-up of target and proxy
     for each round, for each arm: [bilevel ->] score -> select -> pretrain -> evaluate
 
-Arms share shards, warm-up, seeds, tokens and schedule; they differ only in the scores they select by. A finished stage is
-not run again, so the same command continues a run that was stopped anywhere.
+Arms share shards, warm-up, seeds, tokens and schedule; they differ only in the scores they select by. A finished stage
+is not run again, so the same command continues a run that was stopped anywhere.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def summarise(session: Session) -> dict:
 
 
 def _evaluations(session: Session) -> dict[str, list[dict]]:
-    """Per arm every evaluation in order: the shared warm-up's first, then each round's, the last point as read from disk."""
+    """Per arm every evaluation in order, the shared warm-up's first; a round's last point is that read from disk."""
     warmup = session.folder.record(session.folder.stage_folder("shared", 0, "target"))
     curves = {}
     for arm in arm_names(session.config):

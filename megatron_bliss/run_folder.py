@@ -1,7 +1,7 @@
 """The run folder: where each stage writes, what is finished, and whether a rerun is the same run.
 
-Layout: ``config.yaml``, ``shards/``, ``warmup/{target,proxy}`` shared by all arms, ``ARM/round_01/STAGE/``. A stage writes
-only in its own folder and ``done.json`` last, so a folder without it is unfinished work to go on with.
+Layout: ``config.yaml``, ``shards/``, ``warmup/{target,proxy}`` shared by all arms, ``ARM/round_01/STAGE/``. A stage
+writes only in its own folder and ``done.json`` last, so a folder without it is unfinished work to go on with.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def _check_same_run(old: dict, new: dict, path: Path) -> None:
     ]
     if differences:
         raise ValueError(
-            f"found a run with other options in {path} ({'; '.join(differences)}), expected the same ones: continue with "
-            "the old options, or choose another --run_folder"
+            f"found a run with other options in {path} ({'; '.join(differences)}), expected the same ones: continue "
+            "with the old options, or choose another --run_folder"
         )
 
 

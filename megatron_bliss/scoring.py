@@ -40,7 +40,8 @@ def score_units(
     blocks.mkdir(parents=True, exist_ok=True)
     bounds = list(_block_bounds(len(source)))[rank::world_size]
     tokens = 0
-    with progress(sum(stop - start for start, stop in bounds), description="score", unit="units", enabled=show_progress) as bar:
+    count = sum(stop - start for start, stop in bounds)
+    with progress(count, description="score", unit="units", enabled=show_progress) as bar:
         for start, stop in bounds:
             path = _block_path(blocks, start, stop)
             if not path.is_file():
@@ -53,12 +54,13 @@ def score_units(
 
 def gather_scores(folder: Path, num_units: int) -> np.ndarray:
     """Join the blocks of all ranks: float32 [num_units]. Call once every rank has finished :func:`score_units`."""
-    parts = [np.load(_block_path(folder / "blocks", *bounds), allow_pickle=False) for bounds in _block_bounds(num_units)]
+    paths = [_block_path(folder / "blocks", *bounds) for bounds in _block_bounds(num_units)]
+    parts = [np.load(path, allow_pickle=False) for path in paths]
     scores = np.concatenate(parts).astype(np.float32, copy=False)
     if scores.shape != (num_units,) or not np.isfinite(scores).all():
         raise ValueError(
-            f"found {scores.size} scores, {int(np.isfinite(scores).sum())} of them finite, in {folder / 'blocks'}, expected "
-            f"{num_units} finite ones: delete that folder and run the stage again"
+            f"found {scores.size} scores, {int(np.isfinite(scores).sum())} of them finite, in {folder / 'blocks'}, "
+            f"expected {num_units} finite ones: delete that folder and run the stage again"
         )
     return scores
 
@@ -80,7 +82,7 @@ def _score_block(
         if not torch.isfinite(scores).all():
             bad = batch.unit_ids[~torch.isfinite(scores)].tolist()
             raise FloatingPointError(
-                f"found scores that are not finite for units {bad[:10]}, expected numbers: the score model has diverged; "
+                f"found scores that are not finite for units {bad[:10]}, expected numbers: the score model has diverged, "
                 "lower bilevel.score_optimizer.lr and run the bilevel stage again"
             )
         parts.append(scores.cpu().numpy())

@@ -1,7 +1,8 @@
 """From scores to kept units: pure functions on numpy arrays.
 
 A policy takes scores float[n] and returns the sorted int64 numbers of the units to keep: corpus order is kept, because
-Megatron's train/validation splits are contiguous in index order. All are seeded and none depends on how many processes ran.
+Megatron's train/validation splits are contiguous in index order. All are seeded and none depends on how many
+processes ran.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Session:
         tokenizer = read_manifest(self.config.data.train_prefix).get("tokenizer")
         if not tokenizer:
             raise ValueError(
-                f"found no tokenizer in {self.config.data.train_prefix}.manifest.json, expected its vocabulary size: make "
-                "the corpus with tools/preprocess_data.py, or adopt it with its tokenizer (tools/inspect_index.py)"
+                f"found no tokenizer in {self.config.data.train_prefix}.manifest.json, expected its vocabulary size: "
+                "make the corpus with tools/preprocess_data.py, or adopt it with its tokenizer (tools/inspect_index.py)"
             )
         return int(tokenizer["vocab_size"])
 
@@ -105,7 +105,8 @@ def make_shards(session: Session, folder: Path) -> dict:
             for number, ids in enumerate(parts):
                 policy = {"name": "shard", "number": number, "of": count, "by": config.data.shard_by, "seed": seed}
                 prefixes.append(write_subset(prefix, ids, folder, label=f"shard{number}", policy=policy))
-    return {"prefixes": [Path(prefix).name for prefix in prefixes], "domains": _shares_by_field(config.data.train_prefix)}
+    names = [Path(prefix).name for prefix in prefixes]
+    return {"prefixes": names, "domains": _shares_by_field(config.data.train_prefix)}
 
 
 def _shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
@@ -281,8 +282,8 @@ def _train_target(session: Session, folder: Path, arm: str, round_number: int, p
         round=round_number,
         progress=session.show_progress,
     )
-    evaluations = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
-    return {"evaluations": evaluations, "checkpoint": str(Path(result.checkpoint).relative_to(folder)), "flops": result.flops}
+    points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
+    return {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
 
 
 def _target_checkpoint(session: Session, arm: str, round_number: int) -> Path:

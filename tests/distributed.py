@@ -16,7 +16,9 @@ from pathlib import Path
 
 
 def _worker(function, rank, world_size, store, queue, arguments):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
     import torch
     import torch.distributed as dist
 

@@ -1,8 +1,9 @@
 """Make a corpus to try things on from the text of this Python installation: no network, the same files every time.
 
-Writes OUT/pool-*.jsonl.gz in C4's shape (text, url, timestamp, domain): prose from documentation, code, licences, tables,
-and labelled damage of kinds that crawls hold (boilerplate, encoded, shuffled, mojibake); and prose that is nowhere in the
-pool: OUT/validation.jsonl.gz, OUT/heldout.jsonl.gz, and OUT/heldout_cloze.jsonl.gz (passages whose last word is to be told).
+Writes OUT/pool-*.jsonl.gz in C4's shape (text, url, timestamp, domain): prose from documentation, code, licences,
+tables, and labelled damage of kinds that crawls hold (boilerplate, encoded, shuffled, mojibake); and prose that is
+nowhere in the pool: OUT/validation.jsonl.gz, OUT/heldout.jsonl.gz, and OUT/heldout_cloze.jsonl.gz (passages whose
+last word is to be told).
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ from megatron_bliss.files import atomic_file
 TIMESTAMP = "2024-01-01T00:00:00Z"
 PROSE_SHARES = {"pool": 0.55, "shuffled": 0.24, "mojibake": 0.09, "validation": 0.03, "heldout": 0.03, "cloze": 0.06}
 """How prose documents are dealt; no document goes to two of them."""
-BYTES = {"prose": 1.0, "code": 0.5, "licence": 0.65, "table": 0.25, "boilerplate": 0.6, "encoded": 0.18, "shuffled": 0.43,
-         "mojibake": 0.25}  # fmt: skip
-"""Characters of each domain relative to prose, so that prose is a fifth of the pool in tokens and the others share the rest
-about equally (measured with a byte-level BPE of 8,192 ids trained on the pool)."""
+CHARACTERS = {
+    "prose": 1.0,
+    "code": 0.5,
+    "licence": 0.65,
+    "table": 0.25,
+    "boilerplate": 0.6,
+    "encoded": 0.18,
+    "shuffled": 0.43,
+    "mojibake": 0.25,
+}
+"""Size of each domain relative to prose, so that prose is a fifth of the pool in tokens and the others share the rest
+about equally (measured with byte-level BPEs of 4,096 and 8,192 ids trained on the pool)."""
 
 
 def deal_prose(documents: list[domains.Document], generator: random.Random) -> dict[str, list[domains.Document]]:
@@ -54,7 +63,7 @@ def make_pool(
 ) -> dict[str, list[domains.Document]]:
     """Documents of every domain; ``characters`` is the size of the whole pool, less when the prose does not suffice."""
     available = sum(len(text) for _, text in prose["pool"])
-    unit = min(available, characters / sum(BYTES.values()))
+    unit = min(available, characters / sum(CHARACTERS.values()))
     sources = {
         "prose": iter(prose["pool"]),
         "code": domains.code(found.code, generator),
@@ -65,12 +74,15 @@ def make_pool(
         "shuffled": domains.shuffled(prose["shuffled"], generator),
         "mojibake": domains.mojibake(prose["mojibake"], generator),
     }
-    return {domain: take(documents, int(unit * BYTES[domain])) for domain, documents in sources.items()}
+    return {domain: take(documents, int(unit * CHARACTERS[domain])) for domain, documents in sources.items()}
 
 
 def write_jsonl(path: str, records: Iterable[dict]) -> None:
     """Write gzipped JSON lines, without the time of writing in them."""
-    with atomic_file(path) as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=6, mtime=0) as stream:
+    with (
+        atomic_file(path) as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=6, mtime=0) as stream,
+    ):
         for record in records:
             stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
 

@@ -1,4 +1,4 @@
-"""Turn passages (LAMBADA) or any text in JSON lines into a validation set: V.bin, V.idx, V.labels.npy, V.manifest.json."""
+"""Turn passages (LAMBADA) or any text in JSON lines into a validation set: V.bin, .idx, .labels.npy, .manifest.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--label", choices=["last-word", "all"], default="last-word", help="tokens by which a text is judged")
     add("--max-length", type=int, default=1024, help="tokens per unit: passages lose their beginning, texts are cut up")
     add("--split", default="1/1", metavar="I/N", help="take every N-th line beginning with the I-th, e.g. 1/2 and 2/2")
-    add("--max-bad-fraction", type=float, default=0.01, help="share of lines that may be set aside before the run fails")
+    add(
+        "--max-bad-fraction", type=float, default=0.01, help="share of lines that may be set aside before the run fails"
+    )
     return parser.parse_args(arguments)
 
 
@@ -36,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"prepare_validation: {error}", file=sys.stderr)
         return 1
-    print(f"{options['output_prefix']}: " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
+    print(
+        f"{options['output_prefix']}: " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
+    )
     return 0
 
 

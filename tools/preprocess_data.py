@@ -23,7 +23,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--unit", choices=["document", "window"], default="document", help="what one entry of the index is")
     add("--window-length", type=int, default=1024, help="tokens per window")
     add("--workers", type=int, default=1, help="tokenising processes; the result does not depend on it")
-    add("--max-bad-fraction", type=float, default=0.01, help="share of lines that may be set aside before the run fails")
+    add(
+        "--max-bad-fraction", type=float, default=0.01, help="share of lines that may be set aside before the run fails"
+    )
     add("--progress", choices=["auto", "none"], default="auto", help="show how far it has come")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,5 @@
-"""Train a tokenizer on JSON lines: byte-level BPE (tokenizer.json) or SentencePiece (.model), with <|endoftext|> as EOD.
+"""Train a tokenizer on JSON lines: byte-level BPE (tokenizer.json) or SentencePiece (.model), with <|endoftext|> as
+EOD.
 
 The same files and options give the same tokenizer.
 """
@@ -19,7 +20,7 @@ NUM_BYTES = 256
 
 
 def texts(files: list[str], keys: list[str], max_bytes: int) -> Iterator[str]:
-    """Texts of JSON lines in order, up to ``max_bytes`` of UTF-8 (0: all); lines that cannot be used are passed over."""
+    """Texts of JSON lines in order, up to ``max_bytes`` of UTF-8 (0: all); unusable lines are passed over."""
     used = 0
     for file in files:
         for block in read_blocks(SourceState(file)):
@@ -103,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.vocab_size <= NUM_BYTES + 2:
-            raise ValueError(f"vocabulary of {options.vocab_size}, expected more than {NUM_BYTES + 2}: change --vocab-size")
+            raise ValueError(
+                f"vocabulary of {options.vocab_size}, expected more than {NUM_BYTES + 2}: change --vocab-size"
+            )
         corpus = texts(expand_inputs(options.input), options.json_keys, int(options.max_megabytes * 1e6))
         model = TRAINERS[options.tokenizer_type](corpus, options.vocab_size)
         os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)

@@ -9,8 +9,8 @@ One upper step at (theta_p, theta_s), with 𝓑 the global batch over all ranks:
     z <- z - eta ((C + delta) z - b)                                             (5), warm-started across steps
     theta_p <- AdamW with the gradient of G
 
-All three unknowns move once per pass, as in SOBA (arXiv 2201.13409): the gradient that the walk makes anyway is the lower
-step's, so an upper step costs one walk, one validation gradient, and the score model's forward and backward.
+All three unknowns move once per pass, as in SOBA (arXiv 2201.13409): the gradient that the walk makes anyway is the
+lower step's, so an upper step costs one walk, one validation gradient, and the score model's forward and backward.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class BilevelTrainer:
         validation: BatchSchedule,
         world: World,
     ) -> None:
-        """``teacher(tokens[b, s])`` gives the frozen target's hidden states for this rank's samples; None without KL."""
+        """``teacher(tokens[b, s])``: the frozen target's hidden states for this rank's samples; None without KL."""
         self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
         self.train, self.validation, self.world = train, validation, world
         lower_steps = config.upper_iters * config.lower_iters
@@ -299,7 +299,7 @@ def run_steps(
     groups: Groups,
     show_progress: bool,
 ) -> None:
-    """Train to ``total_steps`` from the latest state in ``folder``, if any; a resumed run equals an uninterrupted one."""
+    """Train to ``total_steps``, from the state in ``folder`` if any; a resumed run equals an uninterrupted one."""
     path = folder / "latest.pt"
     if path.is_file():
         trainer.load_state_dict(checkpoint.load_state(path, groups.device))

@@ -22,8 +22,8 @@ from megatron_bliss.data.validation import ValidationCorpus
 class Batch:
     """Samples of one step, right padded with 0.
 
-    tokens: int64 [b, s]. label_mask: bool [b, s], True where the token is a prediction target (never at position 0; logits
-    at t predict token t + 1). lengths: int64 [b], real tokens per row. unit_ids: int64 [b], rows of the index.
+    tokens: int64 [b, s]. label_mask: bool [b, s], True where the token is a prediction target (never at position 0;
+    logits at t predict token t + 1). lengths: int64 [b], real tokens per row. unit_ids: int64 [b], rows of the index.
     """
 
     tokens: torch.Tensor

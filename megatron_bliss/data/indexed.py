@@ -42,8 +42,8 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
 class IndexedCorpus:
     """Memory-mapped reader of one ``.bin``/``.idx`` pair.
 
-    ``lengths`` int32[S] (tokens), ``pointers`` int64[S] (bytes) and ``document_indices`` int64[D] are read-only views of
-    the mapped index. They are not aligned in memory: copy one before heavy arithmetic on it.
+    ``lengths`` int32[S] (tokens), ``pointers`` int64[S] (bytes) and ``document_indices`` int64[D] are read-only views
+    of the mapped index. They are not aligned in memory: copy one before heavy arithmetic on it.
 
     Raises ValueError when the index is not one or does not fit its ``.bin``; nothing is allocated by what a header
     claims before that claim has been held against the file's size.
@@ -154,7 +154,7 @@ class IndexedCorpus:
         ``ids[rows[k]]``; and lengths int64[n]. Units longer than ``max_length`` keep their "head" or their "tail".
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        if len(ids) and not (0 <= ids.min() and ids.max() < len(self)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"units {ids.min()} to {ids.max()} of {self.prefix}, expected 0 to {len(self) - 1}")
         full = self.lengths[ids].astype(np.int64)
         lengths = np.minimum(full, max_length)
@@ -230,7 +230,7 @@ class CorpusWriter:
             raise ValueError(f"{len(tokens)} tokens, but lengths that sum to {lengths.sum()}")
         if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
             raise ValueError(f"a unit of {lengths.max()} tokens, but the index holds at most 2**31 - 1: cut it")
-        if len(tokens) and not (0 <= tokens.min() and tokens.max() < self.vocab_size):
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             raise ValueError(
                 f"token ids from {tokens.min()} to {tokens.max()}, but the vocabulary ends at {self.vocab_size - 1}: "
                 "the tokenizer file does not fit its own ids"

@@ -1,8 +1,8 @@
 """``X.manifest.json``: what a corpus, a subset or a validation set was made from, and how to know it again.
 
-Keys of every manifest: ``format_version``, ``kind`` (corpus, subset, validation), ``unit``, ``tokenizer`` (kind, sha256,
-vocab_size, eod; None for a corpus of other software), ``dtype``, ``counts`` (units, tokens, ...), ``index_sha256``,
-``bin_bytes``, ``bin_sha256`` and ``digest``, which stands for index and tokens together.
+Keys of every manifest: ``format_version``, ``kind`` (corpus, subset, validation), ``unit``, ``tokenizer`` (kind,
+sha256, vocab_size, eod; None for a corpus of other software), ``dtype``, ``counts`` (units, tokens, ...),
+``index_sha256``, ``bin_bytes``, ``bin_sha256`` and ``digest``, which stands for index and tokens together.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def read_manifest(prefix: str | os.PathLike) -> dict:
     path = manifest_path(prefix)
     if not os.path.isfile(path):
         raise ValueError(
-            f"{path} does not exist; finish tools/preprocess_data.py, or give a corpus made by other software a manifest "
-            f"with: python tools/inspect_index.py adopt {prefix}"
+            f"{path} does not exist; finish tools/preprocess_data.py, or give a corpus made by other "
+            f"software a manifest with: python tools/inspect_index.py adopt {prefix}"
         )
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -63,29 +63,30 @@ def corpus_digest(prefix: str | os.PathLike) -> str:
     found, expected = sha256_file(f"{prefix}.idx"), manifest["index_sha256"]
     if found != expected:
         raise ValueError(
-            f"{prefix}.idx has digest {found[:12]}, expected {expected[:12]} from its manifest: the index was rewritten "
-            "under an old name; make it again under a new one"
+            f"{prefix}.idx has digest {found[:12]}, expected {expected[:12]} from its manifest: the index "
+            "was rewritten under an old name; make it again under a new one"
         )
     size = os.path.getsize(f"{prefix}.bin")
     if size != manifest["bin_bytes"]:
         raise ValueError(
-            f"{prefix}.bin has {size} bytes, expected {manifest['bin_bytes']} from its manifest: it is truncated or was "
-            "replaced; make it again"
+            f"{prefix}.bin has {size} bytes, expected {manifest['bin_bytes']} from its manifest: it is "
+            "truncated or was replaced; make it again"
         )
     return manifest["digest"]
 
 
 def finished_manifest(prefix: str | os.PathLike, wanted: dict, files: list[str]) -> dict | None:
-    """The manifest of a finished corpus if it was made from these files with these settings; None if there is nothing yet.
+    """The manifest of a finished corpus made from these files with these settings; None if there is nothing yet.
 
-    wanted: manifest keys that have to agree, ``tokenizer`` among them. Raises ValueError when the name is taken by anything
-    else: finished work is never overwritten.
+    wanted: manifest keys that have to agree, ``tokenizer`` among them. Raises ValueError when the name is taken by
+    anything else: finished work is never overwritten.
     """
     if not os.path.exists(manifest_path(prefix)):
         taken = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
         if taken:
             raise ValueError(
-                f"{taken[0]} exists without a manifest, so it is not known what it is: remove it or change --output-prefix"
+                f"{taken[0]} exists without a manifest, so it is not known what it is: remove it or change "
+                "--output-prefix"
             )
         return None
     manifest = read_manifest(prefix)
@@ -94,8 +95,8 @@ def finished_manifest(prefix: str | os.PathLike, wanted: dict, files: list[str])
         differences = ["sources"]
     if differences:
         raise ValueError(
-            f"{manifest_path(prefix)} is finished with another {' and '.join(differences)}: remove what it describes or change "
-            "--output-prefix"
+            f"{manifest_path(prefix)} is finished with another {' and '.join(differences)}: remove what it "
+            "describes or change --output-prefix"
         )
     return manifest
 
@@ -136,8 +137,8 @@ def check_same_tokenizer(prefix_a: str | os.PathLike, prefix_b: str | os.PathLik
     first, second = (_tokenizer_identity(prefix) for prefix in (prefix_a, prefix_b))
     if None not in (first, second) and first != second:
         raise ValueError(
-            f"{prefix_a} was tokenised with {_describe(first)}, but {prefix_b} with {_describe(second)}: make both with "
-            "the same --tokenizer-type, --tokenizer-model and --eod-token"
+            f"{prefix_a} was tokenised with {_describe(first)}, but {prefix_b} with {_describe(second)}: "
+            "make both with the same --tokenizer-type, --tokenizer-model and --eod-token"
         )
 
 

@@ -1,7 +1,8 @@
 """Text to ``X.bin``/``X.idx`` with manifest, provenance and rejects: streaming, several processes, one result.
 
-The main process decompresses and writes; workers parse and tokenise blocks of lines. Results are written in the order of
-the input, so the output does not depend on the number of workers. Memory: a few blocks per worker, and 4 bytes per unit.
+The main process decompresses and writes; workers parse and tokenise blocks of lines. Results are written in the order
+of the input, so the output does not depend on the number of workers. Memory: a few blocks per worker, and 4 bytes per
+unit.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class PreprocessSettings:
         if self.workers < 1:
             raise ValueError(f"{self.workers} workers, expected at least 1: change --workers")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"largest bad fraction is {self.max_bad_fraction}, expected 0 to 1: change --max-bad-fraction")
+            raise ValueError(
+                f"largest bad fraction is {self.max_bad_fraction}, expected 0 to 1: change --max-bad-fraction"
+            )
 
     @property
     def ends_documents(self) -> bool:
@@ -86,9 +89,7 @@ class BlockTokenizer:
     def __init__(self, settings: PreprocessSettings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
         self.settings = settings
-        self.tokenizer = load_tokenizer(
-            settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token
-        )
+        self.tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
 
     def __call__(self, block: LineBlock) -> TokenizedBlock:
         """Tokenise one block; lines that cannot be used become rejects."""
@@ -110,7 +111,8 @@ class BlockTokenizer:
             rejects += [reject(block.file, numbers[index], "text without a token") for index in sorted(empty)]
             rejects.sort(key=lambda entry: entry["line"])
             documents, numbers, values = (
-                [item for index, item in enumerate(items) if index not in empty] for items in (documents, numbers, values)
+                [item for index, item in enumerate(items) if index not in empty]
+                for items in (documents, numbers, values)
             )
         return TokenizedBlock(*self._flatten(documents), document_table(block.file, numbers, values), rejects)
 
@@ -150,7 +152,8 @@ def _tokenized(blocks: Iterator[LineBlock], settings: PreprocessSettings) -> Ite
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a tokenising process died (out of memory, or killed): nothing was published; run again with fewer --workers"
+                "a tokenising process died (out of memory, or killed): nothing was published; run again "
+                "with fewer --workers"
             ) from error
         finally:
             for future in waiting:
@@ -160,8 +163,8 @@ def _tokenized(blocks: Iterator[LineBlock], settings: PreprocessSettings) -> Ite
 def preprocess(settings: PreprocessSettings, *, show_progress: bool = False) -> dict:
     """Make the corpus ``settings.output_prefix``; returns its manifest.
 
-    A finished corpus of the same inputs and settings is left as it is. Raises ValueError when outputs of anything else are
-    in the way, when more than ``max_bad_fraction`` of the lines cannot be used, or when nothing is left.
+    A finished corpus of the same inputs and settings is left as it is. Raises ValueError when outputs of anything
+    else are in the way, when more than ``max_bad_fraction`` of the lines cannot be used, or when nothing is left.
     """
     prefix = settings.output_prefix
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
@@ -186,7 +189,9 @@ def preprocess(settings: PreprocessSettings, *, show_progress: bool = False) -> 
                 _write(writer, provenance, cutter.finish())
         check_rejects(totals.rejected, totals.lines, settings.max_bad_fraction, rejected_path)
     counts = {"documents": totals.documents, "rejected": totals.rejected}
-    return write_manifest(prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]})
+    return write_manifest(
+        prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]}
+    )
 
 
 @dataclass

@@ -73,7 +73,7 @@ class ProvenanceWriter:
 
 
 class WindowCutter:
-    """Joins documents into one stream and cuts it into windows of ``length`` tokens, with each window's first document."""
+    """Joins documents into one stream, cuts it into windows of ``length`` tokens, keeps each one's first document."""
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -15,8 +15,8 @@ MAX_TOKENS = 256
 def best_and_worst(prefix: str, scores: np.ndarray, count: int = 12) -> dict[str, list[dict]]:
     """The ``count`` highest- and lowest-scored units of a corpus as text with score and source.
 
-    Returns ``{"best": [{"text", "score", ...provenance}], "worst": [...]}``; texts are None where the tokenizer file that
-    the manifest names is no longer there.
+    Returns ``{"best": [{"text", "score", ...provenance}], "worst": [...]}``; texts are None where the tokenizer file
+    that the manifest names is no longer there.
     """
     count = min(count, len(scores))
     order = np.argsort(scores, kind="stable")
@@ -31,9 +31,8 @@ def _describe(prefix: str, ids: np.ndarray, scores: np.ndarray) -> list[dict]:
     except (ValueError, FileNotFoundError):  # scores and selection do not need the file, only this view of them does
         decode = None
     texts = [decode(corpus[int(unit)][:MAX_TOKENS].tolist()) if decode else None for unit in ids]
-    return [
-        {"text": text, "score": float(scores[unit]), **source} for unit, text, source in zip(ids, texts, sources, strict=True)
-    ]
+    rows = zip(ids, texts, sources, strict=True)
+    return [{"text": text, "score": float(scores[unit]), **source} for unit, text, source in rows]
 
 
 def _sources(prefix: str, ids: np.ndarray) -> list[dict]:

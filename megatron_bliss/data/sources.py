@@ -56,8 +56,8 @@ class SourceState:
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Files, folders (their files with a known suffix, recursively) and globs as a list of files.
 
-    The order is that of the arguments, sorted within a folder or glob. Raises ValueError for a pattern without a file, a
-    file given twice or an unknown suffix.
+    The order is that of the arguments, sorted within a folder or glob. Raises ValueError for a pattern without a
+    file, a file given twice or an unknown suffix.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -181,8 +181,8 @@ def check_rejects(rejected: int, lines: int, max_bad_fraction: float, path: str)
     """Raise ValueError when more than the allowed share of lines was set aside, or none is left."""
     if rejected > max_bad_fraction * lines:
         raise ValueError(
-            f"{rejected} of {lines} lines could not be used, expected at most {max_bad_fraction:.2%}; {path} lists them with "
-            "reasons: mend the input or raise --max-bad-fraction"
+            f"{rejected} of {lines} lines could not be used, expected at most {max_bad_fraction:.2%}; "
+            f"{path} lists them with reasons: mend the input or raise --max-bad-fraction"
         )
     if rejected == lines:
         raise ValueError("the input holds no text: change --input")

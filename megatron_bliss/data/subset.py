@@ -1,9 +1,10 @@
 """Subsets: an index rewritten over the same tokens. Nothing is copied; ``.bin`` is a relative link.
 
-A subset ``Y`` of ``X`` has ``Y.idx`` (the chosen units in corpus order, at their original byte pointers, each a document of
-its own), ``Y.bin`` (link), ``Y.units.npy`` (int64, for every unit of Y its number in the *root* corpus: the one that is
-nobody's subset) and ``Y.manifest.json``. The name carries a digest of the content, because megatron-core's dataset cache
-does not look inside an index: one rewritten under an old name silently trains on the wrong tokens.
+A subset ``Y`` of ``X`` has ``Y.idx`` (the chosen units in corpus order, at their original byte pointers, each a
+document of its own), ``Y.bin`` (link), ``Y.units.npy`` (int64, for every unit of Y its number in the *root* corpus:
+the one that is nobody's subset) and ``Y.manifest.json``. The name carries a digest of the content, because
+megatron-core's dataset cache does not look inside an index: one rewritten under an old name silently trains on the
+wrong tokens.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ NUM_BYTES = 256
 class Tokenizer(ABC):
     """Text to token ids and back.
 
-    ``kind`` (huggingface, sentencepiece, bytes), ``path`` (None for bytes), ``sha256`` of the file, ``vocab_size`` (largest
-    id + 1) and ``eod``, the id that ends a document.
+    ``kind`` (huggingface, sentencepiece, bytes), ``path`` (None for bytes), ``sha256`` of the file, ``vocab_size``
+    (largest id + 1) and ``eod``, the id that ends a document.
     """
 
     kind: str
@@ -170,8 +170,8 @@ def load_recorded_tokenizer(identity: dict | None, path: str | os.PathLike | Non
     tokenizer = load_tokenizer(identity["kind"], path or identity["file"])
     if tokenizer.sha256 != identity["sha256"]:
         raise ValueError(
-            f"{tokenizer.path} has digest {tokenizer.sha256[:12]}, but the corpus was made with {identity['sha256'][:12]}: "
-            "give its file with --tokenizer-model"
+            f"{tokenizer.path} has digest {tokenizer.sha256[:12]}, but the corpus was made with "
+            f"{identity['sha256'][:12]}: give its file with --tokenizer-model"
         )
     return tokenizer
 

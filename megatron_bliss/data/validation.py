@@ -1,7 +1,8 @@
 """Validation sets: an indexed dataset ``V.bin``/``V.idx`` plus ``V.labels.npy``, which says what is to be predicted.
 
-``V.labels.npy`` is uint8, one per token of ``V.bin``, 1 where the token is a prediction target; never the first token of
-a unit. Label "last-word": a passage is judged by its last word alone (LAMBADA); "all": by all tokens but the first.
+``V.labels.npy`` is uint8, one per token of ``V.bin``, 1 where the token is a prediction target; never the first token
+of a unit. Label "last-word": a passage is judged by its last word alone (LAMBADA); "all": by all tokens but the
+first.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ValidationCorpus:
         self.manifest = read_manifest(prefix)
         if self.manifest["kind"] != "validation":
             raise ValueError(
-                f"{prefix} is a {self.manifest['kind']}, expected a validation set: make one with tools/prepare_validation.py"
+                f"{prefix} is a {self.manifest['kind']}, expected a validation set: make one with "
+                "tools/prepare_validation.py"
             )
         self.corpus = IndexedCorpus(prefix)
         path = f"{prefix}.labels.npy"
@@ -49,8 +51,8 @@ class ValidationCorpus:
         self.labels = np.load(path, mmap_mode="r", allow_pickle=False)
         if self.labels.dtype != np.uint8 or self.labels.shape != self.corpus.tokens.shape:
             raise ValueError(
-                f"{path} holds {self.labels.dtype}{list(self.labels.shape)}, expected uint8[{len(self.corpus.tokens)}], one "
-                "per token: make the validation set again"
+                f"{path} holds {self.labels.dtype}{list(self.labels.shape)}, expected "
+                f"uint8[{len(self.corpus.tokens)}], one per token: make the validation set again"
             )
 
     def __reduce__(self):
@@ -64,8 +66,8 @@ class ValidationCorpus:
     def gather(self, ids: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Several units at once: (tokens int64[n, w], label_mask bool[n, w], lengths int64[n]), w the longest of them.
 
-        Units longer than ``max_length`` lose their beginning, so that the label stays. Padding is 0 and unlabelled, and so
-        is the first token of every row.
+        Units longer than ``max_length`` lose their beginning, so that the label stays. Padding is 0 and unlabelled,
+        and so is the first token of every row.
         """
         rows, columns, positions, lengths = self.corpus.token_positions(ids, max_length, keep="tail")
         tokens = np.zeros((len(lengths), int(lengths.max(initial=0))), dtype=np.int64)
@@ -113,8 +115,8 @@ def parse_split(text: str) -> tuple[int, int]:
 def label_last_word(ids: list[int], text: str, tokenizer: Tokenizer, max_length: int) -> list[tuple[list[int], int]]:
     """One unit (ids, first labelled position) for a passage whose last word is the label; its beginning may be cut.
 
-    The label is the shortest run of last tokens whose text ends with the whole word, so it is right wherever the tokenizer
-    puts word boundaries and spaces. ``text`` must not end with white space. Raises BadLine.
+    The label is the shortest run of last tokens whose text ends with the whole word, so it is right wherever the
+    tokenizer puts word boundaries and spaces. ``text`` must not end with white space. Raises BadLine.
     """
     word = text.split()[-1]
     if word == text.strip():
@@ -131,7 +133,7 @@ def label_last_word(ids: list[int], text: str, tokenizer: Tokenizer, max_length:
 
 
 def label_all(ids: list[int], max_length: int) -> list[tuple[list[int], int]]:
-    """Units (ids, first labelled position) of a text judged by all its tokens: pieces of ``max_length``, the last shorter."""
+    """Units (ids, first labelled position) of a text judged by all its tokens: pieces of ``max_length``."""
     pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     units = [(piece, 1) for piece in pieces if len(piece) >= 2]
     if not units:
@@ -142,8 +144,8 @@ def label_all(ids: list[int], max_length: int) -> list[tuple[list[int], int]]:
 def prepare_validation(settings: ValidationSettings) -> dict:
     """Make the validation set ``settings.output_prefix``; returns its manifest. A finished one is left as it is.
 
-    Raises ValueError when outputs of anything else are in the way, when more than ``max_bad_fraction`` of the lines cannot
-    be used, or when nothing is left.
+    Raises ValueError when outputs of anything else are in the way, when more than ``max_bad_fraction`` of the lines
+    cannot be used, or when nothing is left.
     """
     prefix = settings.output_prefix
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
@@ -170,7 +172,9 @@ def prepare_validation(settings: ValidationSettings) -> dict:
         with atomic_file(f"{prefix}.labels.npy") as stream:
             np.save(stream, np.concatenate(labels).astype(np.uint8))
     counts = {"labelled": sum(int(mask.sum()) for mask in labels), "rejected": len(rejects)}
-    return write_manifest(prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]})
+    return write_manifest(
+        prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]}
+    )
 
 
 def _chosen_lines(sources: list[SourceState], split: tuple[int, int]) -> Iterator[tuple[LineBlock, int, bytes]]:

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 FEWEST_WORDS, MOST_WORDS = 40, 80
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 PLAIN_WORD = re.compile(r"[a-z]{4,}")
-EMPTY_ANSWERS = frozenset("this that these those with from into only also then than when which used have been will them".split())
+SAYS_LITTLE = "this that these those with from into only also then than when which used have been will them they"
+EMPTY_ANSWERS = frozenset(SAYS_LITTLE.split())
 
 
 def passages(text: str) -> Iterator[str]:
-    """Runs of whole sentences of 40 to 80 words whose last word is plain, lower-case and has occurred before; the full stop
-    after it is dropped. Passages do not overlap.
+    """Runs of whole sentences, 40 to 80 words, whose last word is plain and lower-case and has occurred before.
+
+    The full stop after it is dropped. Passages do not overlap.
     """
     words: list[str] = []
     for sentence in SENTENCE_END.split(text):

@@ -1,7 +1,7 @@
 """Domains of the demonstration pool besides prose: code, licences, tables, and four kinds of damage that crawls hold.
 
-A document is (source name, text) of some 500 to 3,000 characters. Generators are endless unless their text runs out, and a
-function of the random generator they are given.
+A document is (source name, text) of some 500 to 3,000 characters. Generators are endless unless their text runs out,
+and a function of the random generator they are given.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ def _characters(generator: random.Random) -> Iterator[str]:
 
 
 def _functions(generator: random.Random) -> Iterator[str]:
-    x, step, mark = generator.uniform(0.1, 50), generator.choice([0.001, 0.01, 0.1]), generator.choice(["\t", ",", " | "])
+    x, step, mark = (
+        generator.uniform(0.1, 50),
+        generator.choice([0.001, 0.01, 0.1]),
+        generator.choice(["\t", ",", " | "]),
+    )
     yield mark.join(["x", "sin", "cos", "log", "sqrt", "exp(-x)"])
     while True:
         x += step
@@ -172,14 +176,27 @@ NOTICES = (
     "404 Not Found. The page you requested could not be found. Return to the home page or use the search box.",
     "Opening hours: Mon-Fri 0{d}:00-1{d}:00, Sat 10:00-1{d}:00, Sun closed. Tel: (555) {m}-{year}",
 )
-SITES = ("example", "acme", "northwind", "contoso", "widgets", "shoponline", "dailyfeed", "mysite", "bestdeals", "cityguide")
+SITES = (
+    "example",
+    "acme",
+    "northwind",
+    "contoso",
+    "widgets",
+    "shoponline",
+    "dailyfeed",
+    "mysite",
+    "bestdeals",
+    "cityguide",
+)
 
 
 def boilerplate(generator: random.Random) -> Iterator[Document]:
     """Navigation, cookie notices, footers: the same lines over and over, with small variations."""
     while True:
         site = f"{generator.choice(SITES)}{generator.randrange(100)}"
-        menu = generator.choice([" | ", " > ", "\n", "  ", " · "]).join(generator.sample(SECTIONS, generator.randint(8, 20)))
+        menu = generator.choice([" | ", " > ", "\n", "  ", " · "]).join(
+            generator.sample(SECTIONS, generator.randint(8, 20))
+        )
         lines, target = [menu], document_length(generator)
         while sum(map(len, lines)) < target:
             notice = generator.choice(NOTICES) if generator.random() < 0.8 else menu
@@ -193,7 +210,7 @@ def _numbers(generator: random.Random) -> dict[str, int]:
 
 
 def encoded(texts: Sequence[Document], generator: random.Random) -> Iterator[Document]:
-    """Compressed bytes as base64, hexadecimal, base85 and percent codes, as mail attachments and data URIs leave them."""
+    """Compressed bytes as base64, hexadecimal, base85 or percent codes, as mails and data URIs leave them."""
     while True:
         name, text = generator.choice(texts)
         start = generator.randrange(max(1, len(text) - 8000))
@@ -236,7 +253,18 @@ def mojibake(documents: Sequence[Document], generator: random.Random) -> Iterato
 
 def _accents(text: str, generator: random.Random) -> str:
     """Typographic quotes and dashes, and accents on many vowels, as other languages have them."""
-    table = {"a": "áàâäã", "e": "éèêë", "i": "íìîï", "o": "óòôöõ", "u": "úùûü", "n": "ñ", "c": "ç", "s": "š", "'": "’", '"': "”"}
+    table = {
+        "a": "áàâäã",
+        "e": "éèêë",
+        "i": "íìîï",
+        "o": "óòôöõ",
+        "u": "úùûü",
+        "n": "ñ",
+        "c": "ç",
+        "s": "š",
+        "'": "’",
+        '"': "”",
+    }
     return "".join(
         generator.choice(table[character]) if character in table and generator.random() < 0.5 else character
         for character in text

@@ -23,8 +23,8 @@ LINE_COMMENTS = re.compile(r"(?:^[ \t]*//[^\n]*\n){2,}", re.MULTILINE)
 COMMENT_MARK = re.compile(r"^[ \t]*(?:\*|///?!?) ?", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n[ \t]*\n")
 LEGAL = re.compile(
-    r"\b(?:copyright|(?:sub)?licen[cs]e[sder]*|licensors?|warrant[a-z]*|redistribut[a-z]*|liab[a-z]*|damages|herein|hereby"
-    r"|without limitation|all rights reserved|trademarks?|permission)\b",
+    r"\b(?:copyright|(?:sub)?licen[cs]e[sder]*|licensors?|warrant[a-z]*|redistribut[a-z]*|liab[a-z]*|damages|herein"
+    r"|hereby|without limitation|all rights reserved|trademarks?|permission)\b",
     re.IGNORECASE,
 )
 LEGAL_FILE = re.compile(r"licen[cs]e|copying|notice|copyright|\beula", re.IGNORECASE)
@@ -34,10 +34,11 @@ EMPHASIS = re.compile(r"\*\*?([^*\s][^*]*)\*\*?")
 SECTION = re.compile(r"^(?:Args?|Arguments|Parameters|Returns?|Yields|Raises|Notes?|Warning|Examples?):? (?=[A-Z])")
 WORD = re.compile(r"[A-Za-z']+")
 SYMBOLS = re.compile(r"[_=\\/{}|<>\[\]@#~^$]")
-COMMON_WORDS = frozenset(
+FREQUENT = (
     "the of a an to is in and or for that this be are as if it by with from on not which can will when at has have was "
-    "were but all any one its their these those you we they there so than then into only also no more may must should".split()
+    "were but all any one its their these those you we they there so than then into only also no more may must should"
 )
+COMMON_WORDS = frozenset(FREQUENT.split())
 
 
 @dataclass
