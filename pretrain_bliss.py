@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a target LLM on the data that BLISS selects: ``torchrun pretrain_bliss.py --config FILE``."""
 
+import os
 import sys
 
 from megatron_bliss.arguments import check_layout, parse_arguments
@@ -8,11 +9,7 @@ from megatron_bliss.arguments import check_layout, parse_arguments
 
 def main() -> int:
     """Parse the options, join the process groups, run the rounds, leave."""
-    try:
-        config = parse_arguments()
-    except ValueError as error:
-        print(f"pretrain_bliss.py: error: {error}", file=sys.stderr)
-        return 2
+    config = parse_arguments()
 
     from megatron_bliss import parallel, rounds  # after parsing: importing megatron-core takes seconds
 
@@ -26,4 +23,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:  # the user's to mend: what was found, what was expected, what to change
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"pretrain_bliss.py: error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -31,35 +31,30 @@ def score_units(
     world_size: int,
     device: torch.device,
     show_progress: bool,
-) -> int:
-    """Score this rank's blocks of ``source`` into ``folder/blocks``; returns the tokens this rank scored.
+) -> None:
+    """Score this rank's blocks of ``source`` into ``folder``, one file each; blocks that are there are not made again.
 
     Raises ``FloatingPointError`` naming the units when a score is not finite.
     """
-    blocks = folder / "blocks"
-    blocks.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     bounds = list(_block_bounds(len(source)))[rank::world_size]
-    tokens = 0
     count = sum(stop - start for start, stop in bounds)
     with progress(count, description="score", unit="units", enabled=show_progress) as bar:
         for start, stop in bounds:
-            path = _block_path(blocks, start, stop)
+            path = _block_path(folder, start, stop)
             if not path.is_file():
-                scores, block_tokens = _score_block(model, source, start, stop, micro_batch_size, device)
-                tokens += block_tokens
-                save_array(path, scores)
+                save_array(path, _score_block(model, source, start, stop, micro_batch_size, device))
             bar.update(stop - start)
-    return tokens
 
 
 def gather_scores(folder: Path, num_units: int) -> np.ndarray:
     """Join the blocks of all ranks: float32 [num_units]. Call once every rank has finished :func:`score_units`."""
-    paths = [_block_path(folder / "blocks", *bounds) for bounds in _block_bounds(num_units)]
+    paths = [_block_path(folder, *bounds) for bounds in _block_bounds(num_units)]
     parts = [np.load(path, allow_pickle=False) for path in paths]
     scores = np.concatenate(parts).astype(np.float32, copy=False)
     if scores.shape != (num_units,) or not np.isfinite(scores).all():
         raise ValueError(
-            f"found {scores.size} scores, {int(np.isfinite(scores).sum())} of them finite, in {folder / 'blocks'}, "
+            f"found {scores.size} scores, {int(np.isfinite(scores).sum())} of them finite, in {folder}, "
             f"expected {num_units} finite ones: delete that folder and run the stage again"
         )
     return scores
@@ -73,8 +68,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def _score_block(
     model: ScoreModel, source: BatchSource, start: int, stop: int, micro_batch_size: int, device: torch.device
-) -> tuple[np.ndarray, int]:
-    parts, tokens = [], 0
+) -> np.ndarray:
+    parts = []
     for first in range(start, stop, micro_batch_size):
         batch = source.batch(np.arange(first, min(first + micro_batch_size, stop))).to(device)
         with torch.no_grad():
@@ -82,12 +77,11 @@ def _score_block(
         if not torch.isfinite(scores).all():
             bad = batch.unit_ids[~torch.isfinite(scores)].tolist()
             raise FloatingPointError(
-                f"found scores that are not finite for units {bad[:10]}, expected numbers: the score model has diverged, "
+                f"found scores that are not finite for units {bad[:10]}, expected numbers: the score model diverged; "
                 "lower bilevel.score_optimizer.lr and run the bilevel stage again"
             )
         parts.append(scores.cpu().numpy())
-        tokens += int(batch.lengths.sum())
-    return np.concatenate(parts), tokens
+    return np.concatenate(parts)
 
 
 def _block_bounds(num_units: int) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ The configuration is cut into sections here; the modules that do the work receiv
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from megatron_bliss.selection import domain_shares, shards, top_fraction
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
 """Columns of the provenance by which selections are described."""
-FINAL_STATE = "final"
+FINAL_STATE = "final.pt"
 """Where a stage that trains proxy and score model leaves them."""
 
 
@@ -176,31 +177,33 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
     config, groups, prefix = session.config, session.groups, shard_prefix(session, round_number)
     source = UnitDataset(prefix, config.data.seq_length)
     settings, flops = {"corpus_digest": corpus_digest(prefix), "arm": arm, "round": round_number}, 0.0
+    blocks = folder / "blocks"
     if arm == "bliss":
         state_path = session.folder.stage_folder(arm, round_number, "bilevel") / FINAL_STATE
+        settings |= {"model_digest": sha256_file(state_path), "activation": config.score.activation}
+        blocks = folder / f"blocks-{settings['model_digest'][:12]}"  # those of another model are not taken for ours
         model = _new_score_model(session, None)
         model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
         with failing_together(groups):
             score_units(
                 model,
                 source,
-                folder,
+                blocks,
                 micro_batch_size=config.scoring.micro_batch_size,
                 rank=groups.rank,
                 world_size=groups.world_size,
                 device=groups.device,
                 show_progress=session.show_progress,
             )
-        settings["model_digest"] = _state_digest(state_path)
-        settings["activation"] = config.score.activation
         tokens = read_manifest(prefix)["counts"]["tokens"]
         flops = tokens * flops_per_token(session.proxy_architecture, config.data.seq_length)
     with failing_together(groups):
         if groups.is_main:
             seed = derive_seed(config.seed, "score", arm, round_number)
-            scores = gather_scores(folder, len(source)) if arm == "bliss" else BASELINES[arm](len(source), seed)
+            scores = gather_scores(blocks, len(source)) if arm == "bliss" else BASELINES[arm](len(source), seed)
             save_array(folder / "scores.npy", scores)
             write_json(folder / "scores.json", settings)
+            shutil.rmtree(blocks, ignore_errors=True)
     return {"flops": flops}
 
 
@@ -280,7 +283,10 @@ def _train_target(session: Session, folder: Path, arm: str, round_number: int, p
         evaluate=_test_losses(session),
         arm=arm,
         round=round_number,
+        stage="pretrain" if round_number else "target",
         progress=session.show_progress,
+        num_workers=config.data.num_workers,
+        init_seed=derive_seed(config.seed, "target"),
     )
     points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
     return {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
@@ -382,10 +388,6 @@ def _save_final(session: Session, folder: Path, state: dict) -> None:
     with failing_together(session.groups):
         if session.groups.is_main:
             checkpoint.save_state(folder / FINAL_STATE, state)
-
-
-def _state_digest(path: Path) -> str:
-    return sha256_file(path / "state.pt")
 
 
 def _check_scores_belong(settings: dict, prefix: str, score_folder: Path) -> None:

@@ -1,0 +1,175 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
+from megatron_bliss.data.manifest import adopt_manifest, check_same_tokenizer, corpus_digest, read_manifest
+from megatron_bliss.data.subset import read_provenance, root_prefix, root_units, write_subset
+from megatron_bliss.selection import shards, top_fraction
+from tests.data.corpora import write_corpus
+
+
+class StubTokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size, eod, pad = 1000, 0, -1
+    unique_identifiers = {"kind": "stub"}
+
+
+def gpt_dataset(prefix, cache, num_samples, sequence_length=8):
+    """Stock megatron-core dataset over one prefix."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=sequence_length,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=StubTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(str(prefix))
+    indices = np.arange(len(indexed), dtype=np.int32)
+    return GPTDataset(indexed, str(prefix), indices, num_samples, Split.train, config)
+
+
+def write_named_units(prefix, count=40, seed=3):
+    """A corpus whose unit u holds only the token u + 1; returns the lengths."""
+    lengths = np.random.default_rng(seed).integers(3, 12, count)
+    with CorpusWriter(prefix, 1000) as writer:
+        writer.add(np.repeat(np.arange(1, count + 1), lengths), lengths)
+    adopt_manifest(prefix, None)
+    return lengths
+
+
+def test_a_subset_of_a_subset_holds_exactly_the_chosen_units(tmp_path):
+    write_corpus(tmp_path / "X", list(np.random.default_rng(1).integers(1, 20, 100)))
+    corpus = IndexedCorpus(tmp_path / "X")
+    chosen = np.sort(np.random.default_rng(2).choice(100, 50, replace=False))
+    shard = write_subset(tmp_path / "X", chosen[::-1], tmp_path / "run/shards", label="shard1")
+    policy = {"name": "top_fraction", "fraction": 0.2}
+    kept = np.array([3, 10, 11, 49])
+    selection = write_subset(shard, kept, tmp_path / "run/select", label="top20", policy=policy, extra={"round": 1})
+    np.testing.assert_array_equal(root_units(shard), chosen)
+    np.testing.assert_array_equal(root_units(selection), chosen[kept])
+    for reader in (IndexedCorpus(selection), IndexedDataset(selection)):
+        assert len(reader) == 4
+        for number, unit in enumerate(chosen[kept]):
+            np.testing.assert_array_equal(reader[number], corpus[unit])
+    assert os.path.realpath(f"{selection}.bin") == os.path.realpath(corpus.bin_path)
+    assert not os.path.isabs(os.readlink(f"{selection}.bin"))
+    assert root_prefix(selection) == str(tmp_path / "X")
+    manifest = read_manifest(selection)
+    assert manifest["policy"] == policy and manifest["round"] == 1 and manifest["counts"]["units"] == 4
+    assert manifest["parent"]["digest"] == corpus_digest(shard) and manifest["root"]["digest"] == corpus_digest(
+        corpus.prefix
+    )
+    np.testing.assert_array_equal(IndexedCorpus(selection).document_indices, np.arange(5))
+
+
+def test_everything_can_move_together(tmp_path):
+    write_corpus(tmp_path / "a/X", [3, 4, 5])
+    prefix = write_subset(tmp_path / "a/X", [0, 2], tmp_path / "a/run", label="top")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    moved = prefix.replace("/a/", "/b/")
+    np.testing.assert_array_equal(IndexedCorpus(moved)[1], IndexedCorpus(tmp_path / "b/X")[2])
+    assert root_prefix(moved) == str(tmp_path / "b/X")
+
+
+def test_names_say_what_is_inside(tmp_path):
+    write_corpus(tmp_path / "X", [2, 2, 2, 2])
+    first = write_subset(tmp_path / "X", [0, 1], tmp_path, label="top")
+    written = os.stat(f"{first}.idx").st_mtime_ns
+    assert write_subset(tmp_path / "X", [1, 0], tmp_path, label="top") == first
+    assert os.stat(f"{first}.idx").st_mtime_ns == written
+    others = [
+        write_subset(tmp_path / "X", [0, 2], tmp_path, label="top"),
+        write_subset(tmp_path / "X", [0, 1], tmp_path, label="low"),
+        write_subset(tmp_path / "X", [0, 1], tmp_path, label="top", policy={"seed": 2}),
+    ]
+    assert len({first, *others}) == 4
+    assert first.startswith(str(tmp_path / "X.top-")) and len(first.rpartition("-")[2]) == 8
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or name.startswith(".")]
+
+
+def test_equal_lengths_do_not_make_equal_corpora(tmp_path):
+    write_corpus(tmp_path / "A", [4, 4], seed=1)
+    write_corpus(tmp_path / "B", [4, 4], seed=2)
+    assert (tmp_path / "A.idx").read_bytes() == (tmp_path / "B.idx").read_bytes()
+    assert corpus_digest(tmp_path / "A") != corpus_digest(tmp_path / "B")
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [([], "no unit"), ([0, 4], "expected 0 to 3"), ([-1], "expected 0 to 3"), ([1, 2, 1], "unit 1 .* twice")],
+)
+def test_wrong_ids(tmp_path, ids, message):
+    write_corpus(tmp_path / "X", [2, 2, 2, 2])
+    with pytest.raises(ValueError, match=message):
+        write_subset(tmp_path / "X", ids, tmp_path, label="top")
+
+
+def test_an_index_rewritten_under_its_old_name_is_noticed(tmp_path):
+    write_corpus(tmp_path / "X", [2, 2, 2, 2])
+    write_corpus(tmp_path / "Y", [2, 2, 4])
+    shutil.copy(tmp_path / "Y.idx", tmp_path / "X.idx")
+    with pytest.raises(ValueError, match="rewritten under an old name"):
+        write_subset(tmp_path / "X", [0], tmp_path, label="top")
+
+
+def test_replaced_tokens_are_noticed(tmp_path):
+    write_corpus(tmp_path / "X", [2, 2, 2, 2])
+    with open(tmp_path / "X.bin", "ab") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(ValueError, match="expected 16 from its manifest"):
+        corpus_digest(tmp_path / "X")
+
+
+def test_corpora_without_manifest_or_provenance_say_so(tmp_path):
+    write_corpus(tmp_path / "X", [2, 2])
+    with pytest.raises(ValueError, match="only corpora made by tools/preprocess_data.py"):
+        read_provenance(tmp_path / "X")
+    os.unlink(tmp_path / "X.manifest.json")
+    with pytest.raises(ValueError, match="inspect_index.py adopt"):
+        read_manifest(tmp_path / "X")
+
+
+def test_tokenizers_of_two_corpora(tmp_path):
+    write_corpus(tmp_path / "A", [2, 2], 1000)
+    write_corpus(tmp_path / "B", [2], 1000)
+    write_corpus(tmp_path / "C", [2], 1001)
+    check_same_tokenizer(tmp_path / "A", tmp_path / "B")
+    with pytest.raises(ValueError, match="1000 ids, EOD 0.* 1001 ids"):
+        check_same_tokenizer(tmp_path / "A", tmp_path / "C")
+
+
+def test_gpt_dataset_sees_the_chosen_units_alone_for_two_epochs(tmp_path):
+    lengths = write_named_units(tmp_path / "X")
+    ids = shards(40, 2, seed=5)[1][::2]
+    prefix = write_subset(tmp_path / "X", ids, tmp_path / "run", label="top")
+    samples = 2 * int(lengths[ids].sum()) // 8 - 1
+    dataset = gpt_dataset(prefix, tmp_path / "cache", samples)
+    seen = np.concatenate([dataset[number]["tokens"].numpy() for number in range(samples)])
+    counts = np.bincount(seen, minlength=41)[1:]
+    assert set(np.flatnonzero(counts)) == set(ids)
+    missing = 2 * lengths[ids] - counts[ids]
+    assert (missing >= 0).all() and missing.sum() == 2 * lengths[ids].sum() - 8 * samples < 16
+
+
+def test_a_second_selection_never_meets_the_first_ones_cache(tmp_path):
+    with CorpusWriter(tmp_path / "X", 1000) as writer:  # equal lengths: nothing but the name tells selections apart
+        writer.add(np.repeat(np.arange(1, 31), 6), np.full(30, 6))
+    adopt_manifest(tmp_path / "X", None)
+    for seed in range(2):
+        ids = top_fraction(np.random.default_rng(seed).random(30), fraction=0.3)
+        prefix = write_subset(tmp_path / "X", ids, tmp_path, label="top30")
+        dataset = gpt_dataset(prefix, tmp_path / "cache", 6)
+        seen = {int(token) - 1 for number in range(6) for token in dataset[number]["tokens"]}
+        assert seen <= set(ids.tolist()) and len(seen) > 5
