@@ -136,10 +136,16 @@ def initialize(platform: PlatformConfig, target: TargetConfig, seed: int) -> Gro
     )
 
 
+_joined_world = False
+"""Whether :func:`initialize` made the default process group, which torch keeps one of per process."""
+
+
 def _join_world(device: torch.device, timeout: timedelta) -> None:
     """Enter the default process group: the one there is, torchrun's, or one of this process alone."""
+    global _joined_world
     if dist.is_initialized():
         return
+    _joined_world = True
     backend = machine.BACKENDS[device.type]
     device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -173,10 +179,12 @@ def set_seeds(seed: int) -> None:
 
 
 def destroy() -> None:
-    """Leave all process groups; harmless where there are none."""
+    """Undo :func:`initialize`: a process group that was there before it stays. Harmless where there is nothing to undo."""
+    global _joined_world
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if _joined_world and dist.is_initialized():
         dist.destroy_process_group()
+    _joined_world = False
 
 
 def barrier(groups: Groups) -> None:

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.manifest import adopt_manifest, corpus_digest, manifest_path, read_manifest
+from megatron_bliss.data.manifest import adopt_manifest, check_ids, corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import read_provenance, root_prefix, root_units
 from megatron_bliss.data.tokenizers import KINDS, Tokenizer, load_recorded_tokenizer, load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus
@@ -67,7 +67,7 @@ def verify(options: argparse.Namespace) -> None:
     if found != manifest["bin_sha256"]:
         raise ValueError(f"{prefix}.bin has digest {found[:12]}, expected {manifest['bin_sha256'][:12]}: make it again")
     if manifest.get("tokenizer"):
-        _verify_ids(corpus, manifest["tokenizer"]["vocab_size"])
+        check_ids(corpus, manifest["tokenizer"]["vocab_size"])
     if manifest["kind"] == "subset":
         _verify_subset(corpus, prefix)
     if manifest["kind"] == "validation":
@@ -83,21 +83,7 @@ def adopt(options: argparse.Namespace) -> None:
             options.tokenizer_type, options.tokenizer_model, eod_token=options.eod_token
         ).identity()
     manifest = adopt_manifest(options.prefix, tokenizer)
-    if tokenizer:
-        _verify_ids(IndexedCorpus(options.prefix), tokenizer["vocab_size"])
     print(f"{manifest_path(options.prefix)}: {manifest['counts']['units']:,} units, digest {manifest['digest'][:12]}")
-
-
-def _verify_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
-    step = 1 << 24
-    largest = max(
-        (int(corpus.tokens[start : start + step].max()) for start in range(0, len(corpus.tokens), step)), default=0
-    )
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{corpus.bin_path} holds id {largest}, but the vocabulary ends at {vocab_size - 1}: it was "
-            "made with another tokenizer"
-        )
 
 
 def _verify_subset(corpus: IndexedCorpus, prefix: str) -> None:

@@ -10,7 +10,7 @@ options=()
 if [ "${1:-}" = --short ]; then
   shift
   data=runs/quickstart-short-data
-  corpus=(--megabytes-per-domain 0.3 --prose-megabytes 0.6)
+  corpus=(--megabytes 2)
   options=(--run_folder runs/quickstart-short --data.train_prefix $data/pool --data.validation_prefix $data/validation
     --data.test_prefixes "[$data/heldout,$data/cloze]" --proxy.warmup_iters 20 --bilevel.upper_iters 10
     --pretraining.warmup_iters 10 --pretraining.train_iters 10 --pretraining.eval_interval 5 --evaluation.max_samples 64)

@@ -62,9 +62,8 @@ class DualAttention(Function):
         for block in _blocks(*query.shape[1:4], packed.device):
             p, p_tangent = _probabilities(query, key, block)
             v, v_tangent = value[0, block.heads, : block.last], value[1, block.heads, : block.last]
-            rows = _rows(out, block)
-            _store(out, 0, block, torch.bmm(p, v), rows)
-            _store(out, 1, block, torch.bmm(p_tangent, v).baddbmm_(p, v_tangent), rows)
+            _store(out, 0, block, torch.bmm(p, v))
+            _store(out, 1, block, torch.bmm(p_tangent, v).baddbmm_(p, v_tangent))
         ctx.save_for_backward(packed)
         ctx.rotary, ctx.arch, ctx.coupled = rotary, arch, coupled
         return merge_heads(out.unflatten(1, (packed.shape[1], arch.num_query_groups)))
@@ -105,17 +104,12 @@ def _pack(query: Tensor, key: Tensor, value: Tensor, packed: Tensor, rotary: Rot
     return torch.cat((merge_heads(query), key, value), -1)
 
 
-def _rows(stack: Tensor, block: _Block) -> tuple[int, int, int]:
-    """Shape [heads of the block, rows = r queries, d] in which a block of ``stack`` is multiplied."""
-    per_group, channels = stack.shape[2], stack.shape[4]
-    return -1, per_group * (block.last - block.first), channels
-
-
 def _load(stack: Tensor, index: int, block: _Block) -> Tensor:
-    return stack[index, block.heads, :, block.first : block.last].reshape(_rows(stack, block))
+    """A block of ``stack`` [2, n, r, s, d] as [heads of the block, r queries of the block, d]."""
+    return stack[index, block.heads, :, block.first : block.last].flatten(1, 2)
 
 
-def _store(stack: Tensor, index: int, block: _Block, rows: Tensor, shape: tuple) -> None:
+def _store(stack: Tensor, index: int, block: _Block, rows: Tensor) -> None:
     target = stack[index, block.heads, :, block.first : block.last]
     target.copy_(rows.view(target.shape))
 
@@ -174,10 +168,9 @@ def _scores_backward(query, key, grads, block: _Block, n: Tensor, n_tangent: Ten
     past = block.heads, slice(block.last)
     q, q_tangent = _load(query, 0, block), _load(query, 1, block)
     k, k_tangent = key[0][past], key[1][past]
-    shape = _rows(query, block)
-    _store(grads[0], 1, block, torch.bmm(n, k), shape)
+    _store(grads[0], 1, block, torch.bmm(n, k))
     q_dot = torch.bmm(n_tangent, k)
-    _store(grads[0], 0, block, q_dot.baddbmm_(n, k_tangent) if coupled else q_dot, shape)
+    _store(grads[0], 0, block, q_dot.baddbmm_(n, k_tangent) if coupled else q_dot)
     grads[1][1][past].baddbmm_(n.transpose(1, 2), q)
     k_dot = grads[1][0][past].baddbmm_(n_tangent.transpose(1, 2), q)
     if coupled:

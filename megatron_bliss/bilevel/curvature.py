@@ -21,29 +21,17 @@ recompute         recompute each block on the way back (True), keep graphs (Fals
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bliss.bilevel.head import (
-    KL_DIRECTIONS,
-    HeadResult,
-    Positions,
-    Teacher,
-    Terms,
-    evaluate_head,
-    head_curvature,
-    head_gradient,
-    head_tangent,
-)
+from megatron_bliss.bilevel.head import Teacher, evaluate_head, head_curvature, head_gradient, head_tangent
+from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, check_direction, lower_level
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
-from megatron_bliss.bilevel.walk import DualForward, DualWalk, GaussNewtonWalk, Scene, ValueWalk, keeps_graph
-from megatron_bliss.models.operations import rotary_table
-from megatron_bliss.models.transformer import LanguageModel
+from megatron_bliss.bilevel.walk import DualForward, DualWalk, GaussNewtonWalk, ValueWalk, keeps_graph
+from megatron_bliss.models.transformer import LanguageModel, block_prefixes
 
 CURVATURES = ("hessian", "gauss_newton")
 
@@ -77,26 +65,6 @@ class SampleLosses(NamedTuple):
     kl: Tensor
 
 
-@dataclass(frozen=True)
-class _Lower:
-    """The coefficients of G for one rank's batch."""
-
-    teacher: Teacher | None
-    kl_weight: float
-    kl_direction: str
-    num_samples: int
-    micro_batch_size: int
-    recompute: bool | None
-
-    def micro_batches(self, batch, weights: Tensor) -> Iterator[tuple]:
-        """(batch, weights, teacher) of each micro-batch."""
-        size = self.micro_batch_size or max(len(batch), 1)
-        for start in range(0, len(batch), size):
-            stop = min(start + size, len(batch))
-            teacher = None if self.teacher is None else self.teacher.slice(start, stop)
-            yield batch.slice(start, stop), weights[start:stop], teacher
-
-
 def gradient(model: LanguageModel, batch, weights: Tensor, **options) -> tuple[Tensor, ParameterVector]:
     """G (eq. 3) and its gradient by parameter name; ``weights`` [b] are P_i. Options: those of the module."""
     return value_and_gradient(model, batch, weights, **options)[:2]
@@ -118,8 +86,17 @@ def value_and_gradient(
     recompute: bool | None = None,
 ) -> ValueAndGradient:
     """G (eq. 3), its gradient, and the samples' losses for logging; ``weights`` [b] are P_i."""
-    lower = _lower(
-        model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
+    lower = lower_level(
+        model,
+        batch,
+        weights,
+        teacher=teacher,
+        kl_weight=kl_weight,
+        kl_direction=kl_direction,
+        num_samples=num_samples,
+        group=group,
+        micro_batch_size=micro_batch_size,
+        recompute=recompute,
     )
     sums = _Sums(model, vectors=1)
     samples = [_gradient_pass(model, part, lower, sums) for part in lower.micro_batches(batch, weights)]
@@ -153,8 +130,17 @@ def curvature_product(
     """
     if curvature not in CURVATURES:
         raise ValueError(f"found curvature {curvature!r}, expected {' or '.join(CURVATURES)}: change bilevel.curvature")
-    lower = _lower(
-        model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
+    lower = lower_level(
+        model,
+        batch,
+        weights,
+        teacher=teacher,
+        kl_weight=kl_weight,
+        kl_direction=kl_direction,
+        num_samples=num_samples,
+        group=group,
+        micro_batch_size=micro_batch_size,
+        recompute=recompute,
     )
     direction = as_vector(model, vector)
     sums = _Sums(model, vectors=2)
@@ -173,10 +159,10 @@ def influence(model: LanguageModel, batch, vector: Tensor | dict[str, Tensor], *
     """d_i = <grad l_i, z> [b] for z = ``vector`` (eq. 6), by one forward-mode pass that keeps nothing."""
     direction = as_vector(model, vector)
     weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
-    lower = _Lower(None, 0.0, "proxy_to_target", 1, micro_batch_size, None)
+    lower = LowerLevel(None, 0.0, "proxy_to_target", 1, micro_batch_size, None)
     parts = []
     for part in lower.micro_batches(batch, weights):
-        micro = _MicroBatch(model, part, lower)
+        micro = MicroBatch(model, part, lower)
         scene = micro.scene(model, vector=direction)
         rows = micro.select(DualForward(scene).forward(micro.embed(scene, dual=True)))
         hidden = scene.duals("").norm(rows, "final_norm")
@@ -195,15 +181,15 @@ def sample_losses(
     micro_batch_size: int = 0,
 ) -> SampleLosses:
     """l_i [b] and KL_i [b] (zero without a teacher), forward only; a sample without labelled tokens has loss 0."""
-    _check_direction(kl_direction)
-    lower = _Lower(teacher, 0.0, kl_direction, 1, micro_batch_size, False)
+    check_direction(kl_direction)
+    lower = LowerLevel(teacher, 0.0, kl_direction, 1, micro_batch_size, False)
     weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
     parts = []
     for part in lower.micro_batches(batch, weights):
-        micro = _MicroBatch(model, part, lower)
+        micro = MicroBatch(model, part, lower)
         scene = micro.scene(model)
         x = micro.embed(scene, dual=False)
-        for prefix in (f"blocks.{i}." for i in range(scene.arch.num_layers)):
+        for prefix in block_prefixes(scene.arch):
             x = scene.block(scene.values(prefix), x)
         hidden = scene.values("").norm(micro.select(x), "final_norm")
         parts.append(micro.per_sample(evaluate_head(hidden, model.output_weight.detach(), micro.terms)))
@@ -211,96 +197,12 @@ def sample_losses(
 
 
 def validation_weights(batch, group=None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights [b] that make sum_i weights_i l_i the mean cross-entropy over all labelled tokens of the group (eq. 4)."""
+    """Weights [b] that make sum_i weights_i l_i the mean loss of all labelled tokens of the group: Phi of eq. (4)."""
     labelled = batch.label_mask[:, 1:].sum(1).to(torch.float64)
     total = labelled.sum()
     if group is not None:
         dist.all_reduce(total, group=group)
     return (labelled / total.clamp(min=1.0)).to(dtype)
-
-
-def _lower(
-    model, batch, weights, teacher, kl_weight, kl_direction, num_samples, group, micro_batch_size, recompute
-) -> _Lower:
-    """Check the options once and settle n."""
-    _check_direction(kl_direction)
-    if weights.shape != (len(batch),):
-        raise ValueError(f"found weights of shape {tuple(weights.shape)}, expected ({len(batch)},): one a sample")
-    if kl_weight and teacher is None:
-        raise ValueError(f"found kl_weight {kl_weight} without a teacher, expected its hidden states: set kl_weight 0")
-    if teacher is not None and kl_weight and len(teacher.output_weight) != model.architecture.vocab_size:
-        raise ValueError(
-            f"found a teacher with {len(teacher.output_weight)} tokens, expected the proxy's"
-            f" {model.architecture.vocab_size}: cut padding rows off its output matrix"
-        )
-    if num_samples is None:
-        count = torch.tensor(len(batch), device=batch.tokens.device)
-        if group is not None:
-            dist.all_reduce(count, group=group)
-        num_samples = int(count)
-    return _Lower(teacher if kl_weight else None, kl_weight, kl_direction, num_samples, micro_batch_size, recompute)
-
-
-def _check_direction(kl_direction: str) -> None:
-    if kl_direction not in KL_DIRECTIONS:
-        expected = " or ".join(KL_DIRECTIONS)
-        raise ValueError(f"found kl_direction {kl_direction!r}, expected {expected}: change bilevel.kl_direction")
-
-
-class _MicroBatch:
-    """One micro-batch, cut after its last labelled position (causal: nothing later matters), and its loss terms."""
-
-    def __init__(self, model: LanguageModel, part: tuple, lower: _Lower):
-        batch, weights, teacher = part
-        samples, targets = batch.label_mask[:, 1:].nonzero(as_tuple=True)
-        self.count = len(batch)
-        needed = int(targets.max()) + 1 if len(targets) else 1
-        self.length = min(batch.tokens.shape[1], -(-needed // 8) * 8)
-        self.tokens = batch.tokens[:, : self.length]
-        labels = batch.tokens[samples, targets + 1]
-        dtype = accumulation_dtype(next(model.parameters()).dtype)
-        self.share = 1.0 / batch.label_mask[:, 1:].sum(1).clamp(min=1).to(dtype)
-        self.rows = samples * self.length + targets
-        cross_entropy = (weights.detach().to(dtype) * self.share)[samples]
-        divergence = (self.share * (lower.kl_weight / lower.num_samples))[samples]
-        positions = Positions(samples, targets, labels)
-        self.terms = Terms(positions, cross_entropy, divergence, teacher, lower.kl_direction)
-
-    def scene(self, model: LanguageModel, **vectors) -> Scene:
-        """What the operations of a pass over this micro-batch need."""
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        weight = parameters["embedding.weight"]
-        rotary = rotary_table(model.architecture, self.length, weight.dtype, weight.device)
-        return Scene(model.architecture, parameters, rotary, **vectors)
-
-    def embed(self, scene: Scene, *, dual: bool) -> Tensor:
-        """Embeddings [b, s, w], or with tangents [2, b, s, w]."""
-        weight = scene.parameters["embedding.weight"]
-        if not dual:
-            return weight[self.tokens]
-        return torch.stack((weight[self.tokens], scene.vector["embedding.weight"][self.tokens]))
-
-    def embed_backward(self, adjoint: Tensor, sums: Tensor) -> None:
-        """Add the adjoint [b, s, w] of the embeddings to the embedding's ``sums`` [v, w]."""
-        sums.index_add_(0, self.tokens.reshape(-1), adjoint.reshape(-1, adjoint.shape[-1]).to(sums.dtype))
-
-    def select(self, x: Tensor) -> Tensor:
-        """Labelled positions of [..., b, s, w]: [..., N, w]."""
-        return x.flatten(-3, -2).index_select(-2, self.rows)
-
-    def scatter(self, rows: Tensor) -> Tensor:
-        """The adjoint of ``select``."""
-        out = rows.new_zeros(*rows.shape[:-2], self.count * self.length, rows.shape[-1])
-        return out.index_copy_(-2, self.rows, rows).unflatten(-2, (self.count, self.length))
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Means [b] over each sample's labelled positions of values [N]; 0 where there is none."""
-        return torch.zeros_like(self.share).index_add_(0, self.terms.positions.samples, values) * self.share
-
-    def per_sample(self, result: HeadResult) -> tuple[Tensor, ...]:
-        """l_i, KL_i and, where there are tangents, d_i; each [b]."""
-        values = [result.cross_entropy, result.kl] + ([] if result.tangent is None else [result.tangent])
-        return tuple(self.mean(value) for value in values)
 
 
 class _Sums:
@@ -312,7 +214,7 @@ class _Sums:
         self.buffer = torch.zeros(vectors * size + 2, dtype=dtype, device=parameter.device)
         self.vectors = [ParameterVector(model, self.buffer[i * size : (i + 1) * size]) for i in range(vectors)]
 
-    def finish(self, model, losses: Tensor, kl: Tensor, weights: Tensor, lower: _Lower, group) -> None:
+    def finish(self, model, losses: Tensor, kl: Tensor, weights: Tensor, lower: LowerLevel, group) -> None:
         """Add the scalars and bring all ranks' sums together in one all-reduce."""
         mean_kl = kl.sum() / lower.num_samples
         weighted = weights.detach().to(self.buffer.dtype) @ losses.to(self.buffer.dtype)
@@ -333,9 +235,9 @@ class _Sums:
                 self.vectors[1][name].add_(direction[name], alpha=2 * l2_weight)
 
 
-def _gradient_pass(model: LanguageModel, part: tuple, lower: _Lower, sums: _Sums) -> tuple[Tensor, ...]:
+def _gradient_pass(model: LanguageModel, part: tuple, lower: LowerLevel, sums: _Sums) -> tuple[Tensor, ...]:
     """One micro-batch of an ordinary gradient."""
-    micro, (total,) = _MicroBatch(model, part, lower), sums.vectors
+    micro, (total,) = MicroBatch(model, part, lower), sums.vectors
     scene = micro.scene(model, gradient=total)
     x = micro.embed(scene, dual=False)
     keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=False, recompute=lower.recompute)
@@ -353,10 +255,10 @@ def _gradient_pass(model: LanguageModel, part: tuple, lower: _Lower, sums: _Sums
 
 
 def _curvature_pass(
-    model: LanguageModel, part: tuple, lower: _Lower, direction: dict, sums: _Sums, *, gauss_newton: bool
+    model: LanguageModel, part: tuple, lower: LowerLevel, direction: dict, sums: _Sums, *, gauss_newton: bool
 ) -> tuple[Tensor, ...]:
     """One micro-batch of gradient, product and influences."""
-    micro, (total, product) = _MicroBatch(model, part, lower), sums.vectors
+    micro, (total, product) = MicroBatch(model, part, lower), sums.vectors
     scene = micro.scene(model, vector=direction, gradient=total, product=product, gauss_newton=gauss_newton)
     x = micro.embed(scene, dual=True)
     keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=True, recompute=lower.recompute)

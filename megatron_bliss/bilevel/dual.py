@@ -118,7 +118,8 @@ class _Linear(Function):
 class _Norm(Function):
     """y = u w + c with u = rho (x - mean x), rho = (mean (x - mean x)² + eps)^-1/2; RMSNorm has no mean and no c.
 
-    The Jacobian of u is rho P with the symmetric P(v) = v - mean v - u mean(u v), and rho̊ = -rho² mean(u ẋ).
+    The Jacobian of u is rho P with the symmetric P(v) = v - mean v - u mean(u v), and the tangent of rho is
+    -rho² mean(u ẋ).
     """
 
     @staticmethod

@@ -4,8 +4,8 @@ For one labelled position with last hidden state h, output matrix W, logits x = 
 teacher's distribution t, the loss is  a · CE + k · KL  with coefficients a, k; m = a + k, alpha = a / m, kappa = k / m.
 Gradient by the logits, g = m g₀, and its tangent along (ḣ, Ẇ), m ġ₀, with ẋ = W ḣ + Ẇ h and s = <p, ẋ>:
 
-    CE and KL(target || proxy) (a soft label)   g₀ = p - alpha y - kappa t          ġ₀ = p (ẋ - s)
-    CE and KL(proxy || target)                  g₀ = alpha (p - y) + kappa F        ġ₀ = p (ẋ - s) + kappa (F (ẋ - s) - K̇ p)
+    CE and KL(target || proxy) (a soft label)   g₀ = p - alpha y - kappa t       ġ₀ = p (ẋ - s)
+    CE and KL(proxy || target)                  g₀ = alpha (p - y) + kappa F     ġ₀ = (p + kappa F) (ẋ - s) - kappa K̇ p
         where E = log p - log t - KL,  F = p E,  K̇ = <F, ẋ>, the tangent of KL
 
 Gauss-Newton's middle matrix is m (diag p - p pᵀ) in every case: times ẋ, that is m p (ẋ - s).
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_bliss.bilevel.vector import accumulation_dtype, add_product
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 KL_DIRECTIONS = ("proxy_to_target", "target_to_proxy")
 
 
@@ -63,7 +63,7 @@ class Terms(NamedTuple):
 class HeadResult(NamedTuple):
     """Per labelled position: cross-entropy [N], KL [N], tangent of the cross-entropy [N], adjoint of the hidden state.
 
-    The adjoint is [N, w], or [2, N, w] as [its tangent (or the Gauss-Newton cotangent), adjoint]; None if not asked for.
+    The adjoint is [N, w], or [2, N, w] as [its tangent (or the Gauss-Newton cotangent), adjoint]; None if not made.
     """
 
     cross_entropy: Tensor

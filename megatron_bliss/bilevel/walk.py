@@ -49,7 +49,7 @@ class Scene:
 
 
 def keeps_graph(arch: Architecture, tokens: int, element_size: int, *, dual: bool, recompute: bool | None) -> bool:
-    """Whether the blocks' graphs over ``tokens`` tokens are kept; ``recompute`` None decides by their estimated size."""
+    """Whether the blocks' graphs over ``tokens`` tokens are kept; ``recompute`` None decides by estimated size."""
     if recompute is not None:
         return not recompute
     width, ffn = arch.hidden_size, arch.ffn_hidden_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 
-from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.indexed import IndexedCorpus, blocks
 from megatron_bliss.files import read_json, sha256_file, sha256_text, write_json
 
 FORMAT_VERSION = 1
@@ -115,10 +115,15 @@ def _same_sources(recorded: list[dict], files: list[str]) -> bool:
 
 
 def adopt_manifest(prefix: str | os.PathLike, tokenizer: dict | None, unit: str = "document") -> dict:
-    """Write a manifest for a ``.bin``/``.idx`` pair made by other software (reads all of ``.bin`` once)."""
+    """Write a manifest for a ``.bin``/``.idx`` pair made by other software (reads all of ``.bin``).
+
+    tokenizer: :meth:`Tokenizer.identity` of what made it, or None; ValueError when its vocabulary is too small.
+    """
     if os.path.exists(manifest_path(prefix)):
         raise ValueError(f"{manifest_path(prefix)} exists already; remove it first to describe the files anew")
     corpus = IndexedCorpus(prefix)
+    if tokenizer:
+        check_ids(corpus, tokenizer["vocab_size"])
     manifest = {
         "kind": "corpus",
         "unit": unit,
@@ -130,6 +135,17 @@ def adopt_manifest(prefix: str | os.PathLike, tokenizer: dict | None, unit: str 
         "bin_sha256": sha256_file(corpus.bin_path),
     }
     return write_manifest(prefix, manifest)
+
+
+def check_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
+    """Raise ValueError when ``.bin`` holds a token id that the vocabulary does not have."""
+    for part in blocks(len(corpus.tokens)):
+        least, largest = int(corpus.tokens[part].min()), int(corpus.tokens[part].max())
+        if least < 0 or largest >= vocab_size:
+            raise ValueError(
+                f"{corpus.bin_path} holds ids from {least} to {largest}, but the vocabulary ends at {vocab_size - 1}: "
+                "it was made with another tokenizer"
+            )
 
 
 def check_same_tokenizer(prefix_a: str | os.PathLike, prefix_b: str | os.PathLike) -> None:

@@ -46,7 +46,6 @@ class SourceState:
     file: str
     bytes: int = 0
     sha256: str = ""
-    lines: int = 0
 
     def record(self) -> dict:
         """For a manifest."""
@@ -111,34 +110,38 @@ def read_blocks(state: SourceState, block_bytes: int = BLOCK_BYTES) -> Iterator[
     """
     raw = _HashingReader(state.file)
     buffered = io.BufferedReader(raw, READ_BYTES)
-    first_line, pending, damage = 1, bytearray(), None
+    first_line, pending, whole = 1, bytearray(), 0  # the first ``whole`` bytes of pending are whole lines
     with raw:
         stream = gzip.GzipFile(fileobj=buffered) if state.file.endswith(".gz") else buffered
         while True:
-            try:
-                chunk = stream.read1(READ_BYTES)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                damage = f"damaged gzip file, the rest cannot be read: {error}"
-                break
+            chunk, damage = _read(stream)
+            if b"\n" in chunk:
+                whole = len(pending) + chunk.rfind(b"\n") + 1
             pending += chunk
             state.bytes = raw.count
-            if chunk and len(pending) < block_bytes:
-                continue
-            end = len(pending) if not chunk else pending.rfind(b"\n") + 1
-            if end:
-                data = bytes(memoryview(pending)[:end])
-                if first_line == 1:
-                    data = data.removeprefix(UTF8_MARK)
-                yield LineBlock(state.file, first_line, data)
+            if not chunk and not damage:
+                whole = len(pending)  # the last line may lack its end
+            if whole and (not chunk or len(pending) >= block_bytes):
+                data = bytes(memoryview(pending)[:whole])
+                yield LineBlock(state.file, first_line, data.removeprefix(UTF8_MARK) if first_line == 1 else data)
                 first_line += data.count(b"\n")
-                del pending[:end]
+                del pending[:whole]
+                whole = 0
             if not chunk:
                 break
         while buffered.read(READ_BYTES):  # what follows damage still belongs to the file's digest
             pass
         state.bytes, state.sha256 = raw.count, raw.hexdigest()
     if damage:
-        yield LineBlock(state.file, first_line + pending.count(b"\n"), b"", damage)
+        yield LineBlock(state.file, first_line, b"", damage)
+
+
+def _read(stream: io.BufferedIOBase) -> tuple[bytes, str | None]:
+    """The next bytes (none at the end), and what is wrong with the file, if anything."""
+    try:
+        return stream.read1(READ_BYTES), None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        return b"", f"damaged gzip file, the rest cannot be read: {error}"
 
 
 def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, dict]:

@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_bliss.parallel import all_gather
 
@@ -143,7 +144,8 @@ def layer_spec(parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
 class VocabularyParallelCrossEntropy(torch.autograd.Function):
     """-log p(label) per token from logits split over the vocabulary; ids at and above ``vocab_size`` have no part in it.
 
-    One exchange of three numbers a token, where megatron-core's makes three exchanges. First order only.
+    One exchange of two numbers a token, where megatron-core makes three exchanges. First order only, and the logits are
+    overwritten (fp32) as megatron-core does, because they are the largest tensor of a step: use them for nothing else.
     """
 
     @staticmethod
@@ -155,10 +157,10 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
         here = (local >= 0) & (local < known)
         local = torch.where(here, local, 0).unsqueeze(-1)
         if known:
-            values = logits[..., :known].float()
+            values = logits.data[..., :known].float()  # .data: what follows is not autograd's business
             largest = values.amax(-1)
             predicted = torch.where(here, values.gather(-1, local).squeeze(-1), 0.0)
-            exponentials = torch.sub(values, largest.unsqueeze(-1)).exp_()
+            exponentials = values.sub_(largest.unsqueeze(-1)).exp_()
             total = exponentials.sum(-1)
         else:  # every id of this rank is padding
             exponentials = logits[..., :0].float()
@@ -170,6 +172,7 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
         return normalizer - predicted
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """d loss / d logit = softmax - one-hot(label), in place of the saved exponentials."""
         exponentials, scale, local, here = ctx.saved_tensors

@@ -3,7 +3,7 @@
 A block is written once, over operations that may be plain (``models.operations.Values``) or carry tangents
 (``bilevel.dual.Duals``). Nothing here knows about parallelism.
 
-Parameters, by name (q = (H + 2G) d rows packed [queries | keys | values], f = ffn_hidden_size; biases for GPT-NeoX only):
+Parameters by name; q = (H + 2G) d rows packed [queries | keys | values], f = ffn_hidden_size, biases for GPT-NeoX only:
 
 =======================================  ==========================================================
 embedding.weight                         [v, w]
@@ -109,7 +109,7 @@ class Trunk(nn.Module):
 
 
 class LanguageModel(Trunk):
-    """A causal language model: ``model(tokens[b, s]) -> logits[b, s, v]`` by ordinary, twice differentiable autograd."""
+    """A causal language model: ``model(tokens[b, s]) -> logits[b, s, v]``, ordinary and twice differentiable."""
 
     def __init__(self, arch: Architecture, **options):
         super().__init__(arch, **options)
@@ -138,6 +138,7 @@ def block_prefixes(arch: Architecture) -> list[str]:
 
 def _block_parameters(arch: Architecture, options: dict) -> nn.ModuleDict:
     width, ffn, bias = arch.hidden_size, arch.ffn_hidden_size, arch.has_bias
+    ffn_in = ffn if arch.architecture == "gpt_neox" else 2 * ffn
     return nn.ModuleDict(
         {
             "attention_norm": _Affine(width, bias=bias, **options),

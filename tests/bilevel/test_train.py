@@ -20,8 +20,8 @@ from tests.distributed import run_distributed
 
 VOCABULARY, LENGTH = 37, 9
 SIZES = ModelConfig(architecture="gpt_neox", num_layers=2, hidden_size=16, num_attention_heads=2)
-# A key's bias has gradient 0 (softmax does not see it): what is there is rounding, which AdamW would blow up to steps of
-# size lr if its epsilon were not well above it.
+# A key's bias has gradient 0 (softmax does not see it): what is there is rounding, which AdamW would blow up to steps
+# of size lr if its epsilon were not well above it.
 OPTIMIZER = OptimizerConfig(lr=3e-3, adam_eps=1e-3)
 CONFIG = BilevelConfig(
     upper_iters=3,

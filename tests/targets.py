@@ -1,0 +1,128 @@
+"""Small targets, corpora and runs that several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_bliss import parallel
+from megatron_bliss.config import OptimizerConfig, PlatformConfig, PretrainingConfig, TargetConfig
+from megatron_bliss.data.batches import Batch
+from megatron_bliss.metrics import MetricsLogger, read_metrics
+from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.target import Target, build_target
+from megatron_bliss.parallel import Groups
+from megatron_bliss.pretraining import SegmentResult, train_segment
+
+VOCAB_SIZE = 100  # not a multiple of 128, and with a part of the padding on each of two ranks' halves
+SEQ_LENGTH = 16
+
+NEOX = Architecture(
+    architecture="gpt_neox",
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=4,
+    vocab_size=VOCAB_SIZE,
+    rotary_percent=0.25,
+)
+LLAMA = replace(
+    NEOX,
+    architecture="llama",
+    ffn_hidden_size=48,
+    num_query_groups=2,
+    rotary_percent=1.0,
+    untie_embeddings_and_output_weights=False,
+)
+
+
+def layout(tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False) -> TargetConfig:
+    return TargetConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, sequence_parallel=sequence_parallel
+    )
+
+
+@contextlib.contextmanager
+def grouped(config: TargetConfig, platform: PlatformConfig | None = None) -> Iterator[Groups]:
+    try:
+        yield parallel.initialize(platform or PlatformConfig(), config, seed=1)
+    finally:
+        parallel.destroy()
+
+
+def make_target(config: TargetConfig, groups: Groups, architecture: Architecture = NEOX, seed: int = 3) -> Target:
+    return build_target(
+        config, architecture, groups, seq_length=SEQ_LENGTH, params_dtype=torch.float32, seed=seed
+    )
+
+
+def make_corpus(prefix: Path | str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> str:
+    """Documents in which each token tells much about the next, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(60):
+        length = int(generator.integers(5, 40))
+        steps = generator.integers(1, 4, length)
+        tokens = (generator.integers(vocab_size) + np.cumsum(steps)) % vocab_size
+        builder.add_document(torch.from_numpy(tokens), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def make_batches(seed: int = 0) -> list[Batch]:
+    """Evaluation batches of different heights and widths with few labels."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for rows, width in ((3, 9), (4, 16), (1, 12)):
+        tokens = torch.randint(VOCAB_SIZE, (rows, width), generator=generator)
+        mask = torch.rand(rows, width, generator=generator) < 0.5
+        mask[:, 0] = False
+        batches.append(Batch(tokens, mask, torch.full((rows,), width), torch.arange(rows)))
+    return batches
+
+
+PRETRAINING = PretrainingConfig(
+    micro_batch_size=2,
+    global_batch_size=8,
+    eval_interval=7,
+    optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=3),
+)
+
+
+def train(
+    groups: Groups, target_config: TargetConfig, prefix: str, folder: Path | str, *, iterations: int = 20, **changes
+) -> tuple[SegmentResult, list[dict]]:
+    """Train a segment with a metrics file; returns its result and, on the main rank, what it logged."""
+    folder = Path(folder)
+    metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
+    options = {
+        "config": PRETRAINING,
+        "target_config": target_config,
+        "architecture": NEOX,
+        "groups": groups,
+        "platform": PlatformConfig(),
+        "data_prefix": prefix,
+        "seq_length": SEQ_LENGTH,
+        "seed": 5,
+        "start": None,
+        "first_iteration": 0,
+        "last_iteration": iterations,
+        "total_iterations": iterations,
+        "folder": folder / "segment",
+        "save_interval": 5,
+        "metrics": metrics,
+        "log_interval": 1,
+        "arm": "random",
+    }
+    try:
+        result = train_segment(**{**options, **changes})
+    finally:
+        metrics.close()
+    return result, read_metrics(folder / "metrics.jsonl") if groups.is_main else []

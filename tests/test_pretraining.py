@@ -1,0 +1,298 @@
+"""The target's training: the same curve at every parallel layout, and after a kill; clear errors."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.distributed import run_distributed
+from tests.targets import (
+    LLAMA,
+    NEOX,
+    PRETRAINING,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    make_batches,
+    make_corpus,
+    make_target,
+    train,
+)
+
+from megatron_bliss import checkpoint
+from megatron_bliss.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.models.target import last_hidden_states, output_weight
+from megatron_bliss.pretraining import evaluate_loss, load_target
+
+TIMES = ("time", "tokens_per_second", "milliseconds_per_iteration")
+
+
+def curve(entries: list[dict], name: str) -> np.ndarray:
+    return np.array([entry[name] for entry in entries if name in entry])
+
+
+def evaluator(groups):
+    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
+
+
+def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
+    """Train each (tensor, pipeline, sequence parallel, architecture, distributed optimizer) and evaluate it."""
+    outcomes = []
+    for number, (tensor, pipeline, sequence_parallel, architecture, distributed_optimizer) in enumerate(cases):
+        config = layout(tensor, pipeline, sequence_parallel)
+        with grouped(config) as groups:
+            result, entries = train(
+                groups,
+                config,
+                prefix,
+                Path(folder) / f"layout{world_size}_{number}",
+                architecture=architecture,
+                config=replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer),
+                evaluate=evaluator(groups),
+                save_interval=1000,
+            )
+            losses = [losses["held_out"] for _, _, losses in result.evaluations]
+        outcomes.append((curve(entries, "loss"), curve(entries, "grad_norm"), losses))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def single(prefix, tmp_path_factory) -> dict:
+    """One process: the curves that every layout has to give."""
+    folder = str(tmp_path_factory.mktemp("single"))
+    outcomes = run_layouts(0, 1, prefix, folder, [(1, 1, False, NEOX, True), (1, 1, False, LLAMA, True)])
+    return dict(zip((NEOX, LLAMA), outcomes, strict=True))
+
+
+def compare(single: dict, cases: list[tuple], ranks: list[list[tuple]]) -> None:
+    for case, (loss, grad_norm, losses) in zip(cases, ranks[0], strict=True):
+        expected_loss, expected_norm, expected_losses = single[case[3]]
+        assert len(loss) == 20
+        np.testing.assert_allclose(loss, expected_loss, atol=1e-4, rtol=0, err_msg=str(case))
+        np.testing.assert_allclose(grad_norm, expected_norm, rtol=1e-4, err_msg=str(case))
+        np.testing.assert_allclose(losses, expected_losses, atol=1e-4, rtol=0, err_msg=str(case))
+    for outcomes in ranks[1:]:  # evaluations are the same numbers on every rank
+        assert [outcome[2] for outcome in outcomes] == [outcome[2] for outcome in ranks[0]]
+
+
+def test_one_process_learns(single):
+    for loss, _, losses in single.values():
+        assert loss[0] == pytest.approx(math.log(VOCAB_SIZE), abs=0.2)
+        assert loss[-1] < loss[0] - 0.5
+        assert len(losses) == 3  # after iterations 7, 14 and 20
+
+
+def test_two_ranks_give_the_single_process_curve(single, prefix, tmp_path):
+    cases = [
+        (2, 1, False, NEOX, True),
+        (2, 1, True, NEOX, True),
+        (2, 1, False, LLAMA, True),
+        (2, 1, True, LLAMA, True),
+        (1, 2, False, NEOX, True),
+        (1, 2, False, LLAMA, True),
+        (1, 1, False, NEOX, True),
+        (1, 1, False, LLAMA, False),
+    ]
+    compare(single, cases, run_distributed(run_layouts, 2, prefix, str(tmp_path), cases))
+
+
+def test_four_ranks_give_the_single_process_curve(single, prefix, tmp_path):
+    cases = [(2, 2, False, NEOX, True), (2, 2, True, LLAMA, True), (2, 1, True, NEOX, True)]
+    compare(single, cases, run_distributed(run_layouts, 4, prefix, str(tmp_path), cases))
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(iteration: int, groups):
+    """An evaluation that stops the run, as a kill would, at one iteration."""
+    measure, seen = evaluator(groups), []
+
+    def evaluate(target):
+        seen.append(None)
+        if 7 * len(seen) == iteration:
+            raise Killed
+        return measure(target)
+
+    return evaluate
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+
+
+def interrupt_and_resume(rank: int, world_size: int, prefix: str, folder: str, config, platform) -> tuple:
+    """(uninterrupted, resumed) evaluations and metrics, and whether the saved states are the same bits."""
+    runs = []
+    with grouped(config, platform) as groups:
+        for name in ("whole", "killed"):
+            start = partial(train, groups, config, prefix, Path(folder) / name, platform=platform, log_interval=3)
+            if name == "killed":
+                with pytest.raises(Killed):
+                    start(evaluate=kill_at(14, groups))
+                path = checkpoint.latest(Path(folder) / name / "segment")
+                assert path.name == "step_00000010"
+                if groups.is_main:  # what a kill in the middle of a save leaves, under both names it may have
+                    shutil.copytree(path, path.parent / ".step_00000015.tmp")
+                    shutil.copytree(path, path.parent / "step_00000015")
+                    (path.parent / "step_00000015" / "manifest.json").unlink()
+            runs.append(start(evaluate=evaluator(groups)))
+        (whole, whole_entries), (resumed, resumed_entries) = runs
+        states = [checkpoint.load_checkpoint(result.checkpoint, groups) for result in (whole, resumed)]
+        same = all(equal(one, other) for one, other in zip(states[0][1:], states[1][1:], strict=True))
+        leftovers = sorted(path.name for path in resumed.checkpoint.parent.glob(".*"))
+    return whole.evaluations, resumed.evaluations, whole_entries, resumed_entries, same, leftovers
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def check_resumed(outcome: tuple) -> None:
+    whole, resumed, whole_entries, resumed_entries, same, leftovers = outcome
+    assert whole == resumed and len(whole) == 3
+    assert without_times(whole_entries) == without_times(resumed_entries)
+    assert same
+    assert leftovers == []
+
+
+def test_a_killed_run_goes_on_bit_for_bit(prefix, tmp_path):
+    check_resumed(interrupt_and_resume(0, 1, prefix, str(tmp_path), layout(), PlatformConfig()))
+
+
+def test_a_killed_bf16_run_on_two_data_parallel_ranks_goes_on_bit_for_bit(prefix, tmp_path):
+    platform = PlatformConfig(params_dtype="bf16")
+    outcomes = run_distributed(interrupt_and_resume, 2, prefix, str(tmp_path), layout(), platform)
+    check_resumed(outcomes[0])
+    assert all(outcome[4] for outcome in outcomes)
+
+
+def test_a_finished_segment_is_not_trained_again(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        first, entries = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
+        again, entries_again = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
+    assert again.evaluations == first.evaluations and entries_again == entries
+    assert again.tokens == 6 * 8 * SEQ_LENGTH == first.tokens and again.flops == first.flops > 0
+
+
+def test_segments_follow_each_other(prefix, tmp_path):
+    """Warm-up and a second segment on the same schedule; the second one's data begin anew."""
+    with grouped(layout()) as groups:
+        warmup, _ = train(groups, layout(), prefix, tmp_path / "a", iterations=6, total_iterations=12)
+        go_on = partial(
+            train, groups, layout(), prefix, start=warmup.checkpoint, first_iteration=6, iterations=12
+        )
+        second, entries = go_on(tmp_path / "b", evaluate=evaluator(groups))
+        twin, twin_entries = go_on(tmp_path / "c", evaluate=evaluator(groups))
+        with pytest.raises(ValueError, match="found iteration 6 in checkpoint .*, expected 7"):
+            train(groups, layout(), prefix, tmp_path / "d", start=warmup.checkpoint, first_iteration=7, iterations=12)
+        target = load_target(
+            second.checkpoint,
+            target_config=layout(),
+            architecture=NEOX,
+            groups=groups,
+            platform=PlatformConfig(),
+            seq_length=SEQ_LENGTH,
+        )
+        loss = evaluate_loss(target, make_batches(), groups)
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 7))
+    assert curve(entries, "lr")[0] < 1e-2 and curve(entries, "lr")[-1] < curve(entries, "lr")[0]  # cosine, not warm-up
+    assert second.evaluations[-1] == [12, 12 * 8 * SEQ_LENGTH, {"held_out": loss}]
+    assert twin.evaluations == second.evaluations  # two segments of one process share nothing
+    assert without_times(twin_entries) == without_times(entries)
+
+
+def test_evaluate_loss_is_the_mean_over_labelled_tokens():
+    with grouped(layout()) as groups:
+        target = make_target(layout(), groups)
+        total, count = 0.0, 0
+        for batch in make_batches():
+            hidden_states = last_hidden_states(target, batch.tokens, groups).double()
+            weight = output_weight(target, groups, VOCAB_SIZE).double()
+            log_p = (hidden_states @ weight.t())[:, :-1].log_softmax(-1)
+            of_labels = log_p.gather(-1, batch.tokens[:, 1:, None])[..., 0][batch.label_mask[:, 1:]]
+            total, count = total - of_labels.sum().item(), count + of_labels.numel()
+        assert evaluate_loss(target, make_batches(), groups) == pytest.approx(total / count, abs=1e-6)
+        unlabelled = [replace(batch, label_mask=torch.zeros_like(batch.label_mask)) for batch in make_batches()]
+        with pytest.raises(ValueError, match="no labelled token"):
+            evaluate_loss(target, unlabelled, groups)
+
+
+def diverge(rank: int, world_size: int, prefix: str, folder: str) -> tuple[str, bool]:
+    config = layout(tensor=world_size)
+    training = replace(PRETRAINING, optimizer=OptimizerConfig(lr=1e30, clip_grad=0.0))
+    with grouped(config) as groups, pytest.raises(RuntimeError) as error:
+        train(groups, config, prefix, Path(folder) / "run", config=training)
+    return str(error.value), checkpoint.latest(Path(folder) / "run" / "segment") is None
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(prefix, tmp_path):
+    outcomes = run_distributed(diverge, 2, prefix, str(tmp_path))
+    for message, nothing_saved in outcomes:
+        assert "expected finite numbers" in message and "pretraining.optimizer.lr" in message
+        assert nothing_saved
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config": replace(PRETRAINING, global_batch_size=7)}, r"global_batch_size=7, expected a multiple of 2"),
+        ({"first_iteration": 20}, "from iteration 20 to 20"),
+        ({"seq_length": 10**6}, r"tokens in .*, expected more than data.seq_length=1000000"),
+        (
+            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_warmup_iters=20))},
+            "lr_warmup_iters=20, expected less than the run's 20",
+        ),
+        ({"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, min_lr=1.0))}, "min_lr=1.0"),
+        ({"architecture": replace(NEOX, vocab_size=50)}, "found token id [5-9][0-9] in .*, expected ids below"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(prefix, tmp_path, changes, message):
+    with grouped(layout()) as groups, pytest.raises(ValueError, match=message):
+        train(groups, layout(), prefix, tmp_path, **changes)
+
+
+def test_another_index_under_the_same_name_is_noticed(tmp_path):
+    """megatron-core's cache key does not look inside the index."""
+    prefix = make_corpus(tmp_path / "corpus", seed=1)
+    with grouped(layout()) as groups:
+        train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+        make_corpus(tmp_path / "corpus", seed=2)
+        with pytest.raises(ValueError, match="another index"):
+            train(groups, layout(), prefix, tmp_path / "run", iterations=9)
+        shutil.rmtree(tmp_path / "run" / "segment" / "step_00000005")
+        _, fresh = train(groups, layout(), prefix, tmp_path / "other", iterations=5, total_iterations=9)
+        _, rebuilt = train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+    assert without_times(rebuilt) == without_times(fresh)
+
+
+def test_another_layout_or_size_than_the_checkpoint_is_refused(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        result, _ = train(groups, layout(), prefix, tmp_path, iterations=4)
+        manifest = result.checkpoint / "manifest.json"
+        loading = partial(train, groups, layout(), prefix, tmp_path, iterations=5)
+        with pytest.raises(ValueError, match=r"found decoder.layers.0.mlp.linear_fc1.bias of shape \(64,\)"):
+            loading(architecture=replace(NEOX, ffn_hidden_size=128))
+        changed = {**checkpoint.read_json(manifest), "tensor_model_parallel_size": 2}
+        checkpoint.write_json_atomic(manifest, changed)
+        with pytest.raises(ValueError, match="set target.tensor_model_parallel_size=2"):
+            loading()

@@ -1,0 +1,204 @@
+"""A whole run on a tiny corpus: what it writes, that kills change nothing, and that a wrong rerun is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.validation import ValidationSettings, prepare_validation
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "that", "ran", "to", "red", "houses"]
+
+
+def write_texts(path: Path, count: int, seed: int) -> None:
+    """Half word sequences (domain words), half digits (domain digits)."""
+    generator = np.random.default_rng(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            domain = "words" if number % 2 else "digits"
+            source = WORDS if domain == "words" else [str(n) for n in range(100)]
+            text = " ".join(generator.choice(source, 40))
+            file.write(json.dumps({"text": text, "domain": domain, "url": f"test://{number}"}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_texts(folder / "pool.jsonl", 120, 1)
+    write_texts(folder / "held.jsonl", 12, 2)
+    preprocess(
+        PreprocessSettings(
+            inputs=[str(folder / "pool.jsonl")],
+            output_prefix=str(folder / "pool"),
+            tokenizer_type="bytes",
+            unit="window",
+            window_length=32,
+        ),
+        show_progress=False,
+    )
+    for name, label in (("guide", "last-word"), ("held", "all")):
+        prepare_validation(
+            ValidationSettings(
+                inputs=[str(folder / "held.jsonl")],
+                output_prefix=str(folder / name),
+                tokenizer_type="bytes",
+                label=label,
+                max_length=32,
+            )
+        )
+    sizes = {"architecture": "llama", "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    config = {
+        "seed": 3,
+        "rounds": 2,
+        "data": {
+            "train_prefix": str(folder / "pool"),
+            "validation_prefix": str(folder / "guide"),
+            "test_prefixes": [str(folder / "held")],
+            "seq_length": 32,
+        },
+        "target": sizes,
+        "proxy": {**sizes, "warmup_iters": 6, "warmup_batch_size": 4},
+        "bilevel": {"upper_iters": 8, "global_batch_size": 4, "validation_batch_size": 4},
+        "pretraining": {
+            "warmup_iters": 4,
+            "train_iters": 6,
+            "micro_batch_size": 4,
+            "global_batch_size": 4,
+            "eval_interval": 3,
+            "optimizer": {"lr_warmup_iters": 2},
+        },
+        "checkpoint": {"save_interval": 2},
+        "logging": {"log_interval": 1, "progress": "none", "tensorboard": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(corpus: Path, run_folder: Path, *options: str) -> list[str]:
+    config = ["--config", str(corpus / "config.yaml"), "--run_folder", str(run_folder)]
+    return [sys.executable, str(ROOT / "pretrain_bliss.py"), *config, *options]
+
+
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(corpus: Path, run_folder: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(corpus, run_folder, *options), env=environment(), capture_output=True, text=True)
+
+
+def kill_when(corpus: Path, run_folder: Path, pattern: str) -> None:
+    """Start the run and SIGKILL it as soon as a file that matches ``pattern`` is there."""
+    log = run_folder.with_suffix(".log")
+    with open(log, "w") as output:
+        process = subprocess.Popen(command(corpus, run_folder), env=environment(), stdout=output, stderr=output)
+    try:
+        while not list(run_folder.glob(pattern)):
+            assert process.poll() is None, f"the run ended before {pattern} was there:\n{log.read_text()}"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory) -> Path:
+    run_folder = tmp_path_factory.mktemp("run") / "whole"
+    result = run(corpus, run_folder)
+    assert result.returncode == 0, result.stderr
+    assert "report.html" in result.stdout
+    return run_folder
+
+
+def metric_lines(run_folder: Path) -> list[dict]:
+    timed = ("time", "tokens_per_second", "milliseconds_per_iteration")
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def test_everything_promised_is_written(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["arms"]) == {"bliss", "random"}
+    for arm in summary["arms"].values():
+        tokens = [point[0] for point in arm["validation_loss"]]
+        assert tokens == [step * 4 * 32 for step in (3, 4, 6, 9, 10, 12, 15, 16)]
+        assert all(np.isfinite(point[1]) for point in arm["validation_loss"])
+    warmup = {name: arm["validation_loss"][:2] for name, arm in summary["arms"].items()}
+    assert warmup["bliss"] == warmup["random"]
+    assert summary["domains"]["pool"].keys() == {"words", "digits"}
+    assert sum(summary["domains"]["selected"].values()) == pytest.approx(1)
+    assert summary["seed"] == 3 and "speedup" in summary and summary["stages"]
+    assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert yaml.safe_load((finished / "config.yaml").read_text())["bilevel"]["upper_iters"] == 8
+
+
+def test_rounds_use_disjoint_shards_and_the_best_fifth(corpus: Path, finished: Path) -> None:
+    units = []
+    for number in (1, 2):
+        folder = finished / "bliss" / f"round_{number:02d}"
+        scores = np.load(folder / "score" / "scores.npy")
+        (index,) = (folder / "select").glob("*.idx")
+        chosen = np.load(str(index.with_suffix("")) + ".units.npy")
+        shard = np.load(next((finished / "shards").glob(f"pool.shard{number}-*.units.npy")))
+        assert len(scores) == len(shard)
+        assert len(chosen) == round(0.2 * len(shard))
+        kept = np.isin(shard, chosen)
+        assert scores[kept].min() >= scores[~kept].max()
+        units.append(chosen)
+    assert not np.intersect1d(*units).size
+    assert len(IndexedCorpus(str(corpus / "pool"))) > sum(map(len, units))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "bliss/round_01/bilevel/latest.pt",  # inside a stage that trains the small models
+        "random/round_01/pretrain/step_*/manifest.json",  # inside the target's training
+        "bliss/round_02/score/done.json",  # between two stages
+    ],
+)
+def test_a_killed_run_ends_with_the_same_numbers(corpus: Path, finished: Path, tmp_path: Path, pattern: str) -> None:
+    run_folder = tmp_path / "killed"
+    kill_when(corpus, run_folder, pattern)
+    result = run(corpus, run_folder)
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((finished / "summary.json").read_text())
+    found = json.loads((run_folder / "summary.json").read_text())
+    assert found["arms"] == expected["arms"]
+    assert found["domains"] == expected["domains"]
+    for scores in sorted(finished.glob("*/round_*/score/scores.npy")):
+        assert scores.read_bytes() == (run_folder / scores.relative_to(finished)).read_bytes()
+    assert metric_lines(run_folder) == metric_lines(finished)
+
+
+def test_a_finished_run_is_not_run_again(corpus: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("done.json")}
+    result = run(corpus, finished)
+    assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("done.json")} == before
+
+
+def test_other_options_in_an_old_run_folder_are_refused(corpus: Path, finished: Path) -> None:
+    result = run(corpus, finished, "--bilevel.upper_iters", "9")
+    assert result.returncode == 2
+    assert "bilevel.upper_iters: 8 there, 9 now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_stage_alone_needs_the_ones_before_it(corpus: Path, tmp_path: Path) -> None:
+    result = run(corpus, tmp_path / "new", "--stage", "select", "--round", "1", "--arm", "bliss")
+    assert result.returncode == 2
+    assert "expected that stage to be finished before" in result.stderr or "scores.json" in result.stderr

@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.manifest import corpus_digest, read_manifest
+from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.subset import root_units
+from tests.data.corpora import documents, write_corpus, write_lines
+from tools import inspect_index, subset_index
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A corpus of 30 documents in three domains, whose scores favour the domain letter; prefix and path of scores."""
+    source = write_lines(tmp_path / "a.jsonl", documents(30))
+    prefix = str(tmp_path / "X")
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=prefix, tokenizer_type="bytes"))
+    scores = (np.arange(30) % 3 == 1).astype(np.float32)
+    np.save(tmp_path / "scores.npy", scores)
+    (tmp_path / "scores.json").write_text(json.dumps({"corpus_digest": corpus_digest(prefix)}))
+    return prefix, str(tmp_path / "scores.npy")
+
+
+def make_subset(prefix, scores, *more):
+    """Run the command."""
+    return subset_index.main(["--input-prefix", prefix, "--scores", scores, "--output-folder", f"{prefix}.run", *more])
+
+
+def test_the_highest_scores_become_a_subset(scored, capsys):
+    prefix, scores = scored
+    assert make_subset(prefix, scores, "--fraction", "0.3333") == 0
+    output = capsys.readouterr().out
+    subset = output.partition(":")[0]
+    np.testing.assert_array_equal(root_units(subset), np.arange(1, 30, 3))
+    assert "letter" in output and "100.0%" in output
+    manifest = read_manifest(subset)
+    assert manifest["policy"] == {"name": "top_fraction", "fraction": 0.3333, "seed": 0}
+    assert manifest["lowest_score_kept"] == 1.0 and len(manifest["scores_sha256"]) == 64
+    assert make_subset(prefix, scores, "--policy", "threshold", "--threshold", "0.5") == 0
+    np.testing.assert_array_equal(root_units(capsys.readouterr().out.partition(":")[0]), np.arange(1, 30, 3))
+    for command in ("verify", "show", "sample"):
+        assert inspect_index.main([command, subset]) == 0
+    assert "contiguous  no" in capsys.readouterr().out
+
+
+def test_scores_of_another_corpus_are_refused(scored, tmp_path, capsys):
+    prefix, scores = scored
+    write_corpus(tmp_path / "Y", [3] * 30)
+    assert make_subset(str(tmp_path / "Y"), scores, "--fraction", "0.1") == 1
+    assert "scores.json is for a corpus with digest" in capsys.readouterr().err
+    np.save(scores, np.zeros(29))
+    assert make_subset(prefix, scores, "--fraction", "0.1") == 1
+    assert "has shape [29]" in capsys.readouterr().err
+    np.save(scores, np.full(30, np.nan))
+    assert make_subset(prefix, scores, "--fraction", "0.1") == 1
+    assert "30 of 30 scores are not finite" in capsys.readouterr().err
+    assert make_subset(prefix, scores) == 1
+
+
+def test_verify_finds_what_is_wrong(scored, tmp_path, capsys):
+    prefix, _ = scored
+    tokens = bytearray((tmp_path / "X.bin").read_bytes())
+    tokens[10] ^= 1
+    (tmp_path / "X.bin").write_bytes(tokens)
+    assert inspect_index.main(["verify", prefix]) == 1
+    assert "X.bin has digest" in capsys.readouterr().err
+    (tmp_path / "X.bin").write_bytes(tokens[:-2])
+    assert inspect_index.main(["verify", prefix]) == 1
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_adopting_a_corpus_of_other_software(tmp_path, capsys):
+    write_corpus(tmp_path / "X", [4, 5, 6], 60_000)
+    (tmp_path / "X.manifest.json").unlink()
+    prefix = str(tmp_path / "X")
+    assert inspect_index.main(["verify", prefix]) == 1 and "inspect_index.py adopt" in capsys.readouterr().err
+    assert inspect_index.main(["adopt", prefix]) == 0
+    assert inspect_index.main(["verify", prefix]) == 0
+    assert read_manifest(prefix)["counts"] == {"units": 3, "tokens": 15} and len(IndexedCorpus(prefix)) == 3
+    assert inspect_index.main(["adopt", prefix]) == 1 and "exists already" in capsys.readouterr().err
+    (tmp_path / "X.manifest.json").unlink()
+    assert inspect_index.main(["adopt", prefix, "--tokenizer-type", "bytes"]) == 1
+    assert "the vocabulary ends at 256" in capsys.readouterr().err
+    assert not (tmp_path / "X.manifest.json").exists()
