@@ -1,7 +1,8 @@
 """Atomic saving, verified loading and step-numbered checkpoint folders, for every model and optimiser.
 
-A state is a nest of dicts and lists with tensors, numbers, strings and None. One file holds one state (``save_state``). A
-checkpoint is a folder ``step_00000100/`` that appears under its name only when every rank's file in it is on disk.
+A state is a nest of dicts and lists with tensors, numbers, strings and None. One file holds one state
+(``save_state``). A checkpoint is a folder ``step_00000100/`` that appears under its name only when every rank's file
+in it is on disk.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ def save_checkpoint(
 ) -> Path:
     """Collective: write checkpoint ``step`` and drop all but the ``keep`` newest.
 
-    ``shared`` is the same on every rank and written once; ``weights`` are the same on every data-parallel rank and written
-    by the first; ``state`` is this rank's own. Where a rank cannot write (a full disk), every rank raises and the
-    checkpoints there are stay as they were.
+    ``shared`` is the same on every rank and written once; ``weights`` are the same on every data-parallel rank and
+    written by the first; ``state`` is this rank's own. Where a rank cannot write (a full disk), every rank raises and
+    the checkpoints there are stay as they were.
     """
     path = step_folder(folder, step)
     temporary = path.parent / f".{path.name}.tmp"
@@ -178,5 +179,9 @@ def _check_sizes(path: str | Path, manifest: dict, sizes: dict[str, int]) -> Non
     for option, size in sizes.items():
         saved = manifest.get(option)
         if saved != size:
-            mend = f"start {saved} times the ranks of one replica" if option.startswith("data") else f"set target.{option}={saved}"
+            mend = (
+                f"start {saved} times the ranks of one replica"
+                if option.startswith("data")
+                else f"set target.{option}={saved}"
+            )
             raise ValueError(f"found {option}={saved} in checkpoint {path}, expected this run's {size}: {mend}")

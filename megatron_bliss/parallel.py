@@ -1,7 +1,7 @@
 """Process groups and seeds: the only importer of ``megatron.core.parallel_state``.
 
-One layout for the whole run: the target uses tensor x pipeline x data parallelism through megatron-core; proxy and score
-are replicated on every rank and data-parallel over the world.
+One layout for the whole run: the target uses tensor x pipeline x data parallelism through megatron-core; proxy and
+score are replicated on every rank and data-parallel over the world.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def set_seeds(seed: int) -> None:
 
 
 def destroy() -> None:
-    """Undo :func:`initialize`: a process group that was there before it stays. Harmless where there is nothing to undo."""
+    """Undo :func:`initialize`: a process group that was there before it stays. Harmless if there is nothing to undo."""
     global _joined_world
     parallel_state.destroy_model_parallel()
     if _joined_world and dist.is_initialized():

@@ -30,16 +30,16 @@ def choose_device(config: PlatformConfig, local_rank: int) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not available):
         if available:
             raise ValueError(
-                "found a CUDA device and platform.device=cpu, expected megatron-core to use the GPU it sees: hide it with "
-                "CUDA_VISIBLE_DEVICES= (empty) in the environment, or set platform.device=auto"
+                "found a CUDA device and platform.device=cpu, expected megatron-core to use the GPU it sees: hide it "
+                "with CUDA_VISIBLE_DEVICES= (empty) in the environment, or set platform.device=auto"
             )
         return torch.device("cpu")
     if not available:
         raise ValueError("found no CUDA device, expected one for platform.device=cuda: set platform.device=auto or cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"found {torch.cuda.device_count()} CUDA devices, expected one for local rank {local_rank}: lower torchrun's "
-            "--nproc-per-node"
+            f"found {torch.cuda.device_count()} CUDA devices, expected one for local rank {local_rank}: lower "
+            "torchrun's --nproc-per-node"
         )
     return torch.device("cuda", local_rank)
 

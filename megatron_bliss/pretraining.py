@@ -1,11 +1,12 @@
-"""One segment of the target's training: from one checkpoint to the next over one corpus, resumable, measured on the way.
+"""One segment of the target's training: from checkpoint to checkpoint over one corpus, resumable, measured on the way.
 
-Iterations are counted over the whole run: a segment goes from ``first_iteration`` done to ``last_iteration`` done. Shapes:
-b samples, s tokens.
+Iterations are counted over the whole run: a segment goes from ``first_iteration`` done to ``last_iteration`` done.
+Shapes: b samples, s tokens.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ BACKWARD_TO_FORWARD = 2
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """What a segment left: evaluations in order, its tokens, seconds (all parts of a resumed one), FLOPs, checkpoint."""
+    """What a segment left: evaluations in order, tokens, seconds (all parts of a resumed one), FLOPs, checkpoint."""
 
     evaluations: list[Evaluation]
     tokens: int
@@ -74,9 +75,10 @@ def train_segment(
 ) -> SegmentResult:
     """Collective: train the target on ``data_prefix`` and leave ``folder/step_LAST/``.
 
-    Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer), else from
-    initial weights. ``seed`` orders the data (and, unless ``init_seed`` is given, draws the weights). ``total_iterations``
-    spans the learning-rate schedule over all segments. Losses are means over real tokens of the whole batch.
+    Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer), else
+    from initial weights. ``seed`` orders the data (and, unless ``init_seed`` is given, draws the weights).
+    ``total_iterations`` spans the learning-rate schedule over all segments. Losses are means over real tokens of the
+    whole batch.
 
     A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
     ValueError for options that don't fit, RuntimeError on every rank where loss or gradient are no longer finite.
@@ -110,21 +112,22 @@ def train_segment(
     log = _Log(metrics, log_interval, progress and groups.is_main, arm=arm, round=round, stage=stage)
     segment.run(config.eval_interval, save_interval, evaluate, log)
     tokens = (last_iteration - first_iteration) * segment.tokens_per_iteration
-    return SegmentResult(
+    result = SegmentResult(
         evaluations=segment.evaluations,
         tokens=tokens,
         seconds=segment.seconds,
         flops=(1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length) * tokens,
         checkpoint=checkpoint.step_folder(folder, last_iteration),
     )
+    del segment, trainer, target
+    gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles
+    return result
 
 
 class _Log:
     """Where the numbers of a segment go."""
 
-    def __init__(
-        self, metrics: MetricsLogger | None, interval: int, show_progress: bool, **labels: str | int
-    ) -> None:
+    def __init__(self, metrics: MetricsLogger | None, interval: int, show_progress: bool, **labels: str | int) -> None:
         self.metrics, self.interval, self.show_progress, self.labels = metrics, interval, show_progress, labels
         self._seconds, self._iterations = 0.0, 0
 
@@ -174,8 +177,8 @@ class _Segment:
         shared, weights, state = checkpoint.load_checkpoint(path, self.groups)
         if own is None and shared["iteration"] != self.first:
             raise ValueError(
-                f"found iteration {shared['iteration']} in checkpoint {path}, expected {self.first}: the segment before "
-                "was trained with another pretraining.warmup_iters or pretraining.train_iters"
+                f"found iteration {shared['iteration']} in checkpoint {path}, expected {self.first}: the segment "
+                "before was trained with another pretraining.warmup_iters or pretraining.train_iters"
             )
         if own is not None and shared["data"] != self.data.digest:
             raise ValueError(
@@ -240,10 +243,11 @@ class _Segment:
 
     def _stop(self, grad_norm: float) -> None:
         """Every rank raises: the gradient's norm is the same number on all of them."""
+        saved = checkpoint.latest(self.folder)
         raise RuntimeError(
-            f"found loss {self.trainer.take_loss()} and gradient norm {grad_norm} at iteration {self.iteration}, expected "
-            f"finite numbers: nothing was saved after {checkpoint.latest(self.folder) or 'the start of the segment'}; "
-            "lower pretraining.optimizer.lr, lengthen lr_warmup_iters or lower clip_grad, then run the same command again"
+            f"found loss {self.trainer.take_loss()} and gradient norm {grad_norm} at iteration {self.iteration}, "
+            f"expected finite numbers: nothing was saved after {saved or 'the start of the segment'}; lower "
+            "pretraining.optimizer.lr, lengthen lr_warmup_iters or lower clip_grad, then run the same command again"
         )
 
     def _evaluate(self, evaluate: Callable[[Target], dict[str, float]], log: _Log) -> None:

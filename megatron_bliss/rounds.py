@@ -20,7 +20,7 @@ from megatron_bliss.metrics import MetricsLogger
 from megatron_bliss.parallel import Groups, barrier
 from megatron_bliss.report import write_report
 from megatron_bliss.run_folder import RunFolder
-from megatron_bliss.stages import Session
+from megatron_bliss.session import Session
 from megatron_bliss.summary import build_summary, format_table, read_stages
 
 ROUND_STAGES: dict[str, Callable[[Session, Path, str, int], dict]] = {

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,77 +16,28 @@ import torch
 
 from megatron_bliss import checkpoint
 from megatron_bliss.baselines import BASELINES
+from megatron_bliss.bilevel.loop import run_steps
+from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
-from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World, run_steps
-from megatron_bliss.config import Config
-from megatron_bliss.data.batches import Batch, BatchSchedule, BatchSource, UnitDataset, ValidationSet
+from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
+from megatron_bliss.data.batches import Batch, UnitDataset, ValidationSet
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import read_provenance, root_prefix, write_subset
 from megatron_bliss.files import read_json, sha256_file, write_json
-from megatron_bliss.metrics import MetricsLogger
-from megatron_bliss.models.presets import Architecture, flops_per_token, resolve_architecture
+from megatron_bliss.models.presets import flops_per_token
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.parallel import Groups, failing_together
+from megatron_bliss.parallel import failing_together
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
-from megatron_bliss.run_folder import RunFolder
 from megatron_bliss.scoring import gather_scores, save_array, score_units
 from megatron_bliss.selection import domain_shares, shards, top_fraction
+from megatron_bliss.session import Session, derive_seed
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
 """Columns of the provenance by which selections are described."""
 FINAL_STATE = "final.pt"
 """Where a stage that trains proxy and score model leaves them."""
-
-
-def derive_seed(seed: int, *names: object) -> int:
-    """A seed of its own for every purpose of a run, the same on all ranks and for all arms."""
-    return zlib.crc32(repr((seed, *names)).encode())
-
-
-@dataclass(frozen=True)
-class Session:
-    """What all stages of one process share."""
-
-    config: Config
-    groups: Groups
-    folder: RunFolder
-    metrics: MetricsLogger
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Ids of the tokenizer that made the corpus."""
-        tokenizer = read_manifest(self.config.data.train_prefix).get("tokenizer")
-        if not tokenizer:
-            raise ValueError(
-                f"found no tokenizer in {self.config.data.train_prefix}.manifest.json, expected its vocabulary size: "
-                "make the corpus with tools/preprocess_data.py, or adopt it with its tokenizer (tools/inspect_index.py)"
-            )
-        return int(tokenizer["vocab_size"])
-
-    @cached_property
-    def target_architecture(self) -> Architecture:
-        return resolve_architecture(self.config.target, self.vocab_size)
-
-    @cached_property
-    def proxy_architecture(self) -> Architecture:
-        return resolve_architecture(self.config.proxy, self.vocab_size)
-
-    @property
-    def world(self) -> World:
-        """Proxy and score model are replicated: data-parallel over all ranks."""
-        groups = self.groups
-        return World(groups.world_group, groups.rank, groups.world_size, groups.device)
-
-    @property
-    def show_progress(self) -> bool:
-        return self.groups.is_main and self.config.logging.progress != "none"
-
-    def schedule(self, source: BatchSource, batch_size: int, *purpose: object) -> BatchSchedule:
-        """This rank's batches of a source, in an order that ``purpose`` and the run's seed determine."""
-        seed = derive_seed(self.config.seed, *purpose)
-        return BatchSchedule(source, batch_size, seed=seed, rank=self.groups.rank, world_size=self.groups.world_size)
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -169,7 +118,20 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     )
     _run_trainer(session, trainer, config.bilevel.upper_iters, folder, arm, round_number, "bilevel")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()})
-    return {"flops": trainer.flops(session.target_architecture, config.data.seq_length)}
+    flops = trainer.flops(session.target_architecture, config.data.seq_length)
+    loss, warnings = trainer.monitors.validation_loss, trainer.monitors.warnings
+    advice = validation_advice([*_validation_losses(session, arm, round_number), loss])
+    if advice:
+        warnings = [*warnings, advice]
+        if session.groups.is_main:
+            print(f"warning: {advice}", file=sys.stderr, flush=True)
+    return {"flops": flops, "validation_loss": loss, "warnings": warnings}
+
+
+def _validation_losses(session: Session, arm: str, round_number: int) -> list[float]:
+    """The proxy's validation loss at the end of every round before this one."""
+    folders = [session.folder.stage_folder(arm, number, "bilevel") for number in range(1, round_number)]
+    return [session.folder.require(folder, "bilevel")["validation_loss"] for folder in folders]
 
 
 def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> dict:

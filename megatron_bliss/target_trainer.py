@@ -33,7 +33,7 @@ from megatron_bliss.parallel import Groups
 
 @dataclass(frozen=True)
 class Step:
-    """What one iteration gave: the norm of the whole gradient before clipping, and the learning rate it was used with."""
+    """What one iteration gave: the norm of the whole gradient before clipping, and the learning rate it was used at."""
 
     grad_norm: float
     lr: float
@@ -82,7 +82,7 @@ class TargetTrainer:
         """[summed loss, tokens] that this rank saw since :meth:`take_loss` last asked (last pipeline stage only)."""
 
     def step(self, micro_batches: Iterator[MicroBatch]) -> Step:
-        """One iteration over the next ``num_micro_batches``; leaves the weights alone where the gradient is not finite."""
+        """One iteration over the next ``num_micro_batches``; a gradient that is not finite leaves the weights alone."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -197,8 +197,8 @@ def load_target_weights(target: Target, weights: dict[str, dict[str, Tensor]]) -
         if found != expected:
             wrong = next(name for name in sorted(expected | found) if expected.get(name) != found.get(name))
             raise ValueError(
-                f"found {wrong} of shape {found.get(wrong)} in the checkpoint, expected {expected.get(wrong)}: the target's "
-                "sizes (or the tokenizer) differ from those it was saved with"
+                f"found {wrong} of shape {found.get(wrong)} in the checkpoint, expected {expected.get(wrong)}: the "
+                "target's sizes (or the tokenizer) differ from those it was saved with"
             )
         for name, parameter in own.items():
             parameter.copy_(saved[name])
@@ -209,9 +209,8 @@ def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
     at_once = config.micro_batch_size * groups.data_parallel_size
     if config.global_batch_size % at_once:
         raise ValueError(
-            f"found pretraining.global_batch_size={config.global_batch_size}, expected a multiple of {at_once} "
-            f"(pretraining.micro_batch_size={config.micro_batch_size} x {groups.data_parallel_size} data-parallel ranks): "
-            "change one of the two"
+            f"found pretraining.global_batch_size={config.global_batch_size}, expected a multiple of {at_once}: change it "
+            f"or pretraining.micro_batch_size={config.micro_batch_size} ({groups.data_parallel_size} data-parallel ranks)"
         )
     return config.global_batch_size // at_once
 

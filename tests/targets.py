@@ -58,9 +58,7 @@ def grouped(config: TargetConfig, platform: PlatformConfig | None = None) -> Ite
 
 
 def make_target(config: TargetConfig, groups: Groups, architecture: Architecture = NEOX, seed: int = 3) -> Target:
-    return build_target(
-        config, architecture, groups, seq_length=SEQ_LENGTH, params_dtype=torch.float32, seed=seed
-    )
+    return build_target(config, architecture, groups, seq_length=SEQ_LENGTH, params_dtype=torch.float32, seed=seed)
 
 
 def make_corpus(prefix: Path | str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> str:

@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from megatron_bliss import checkpoint
+from megatron_bliss.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.models.target import last_hidden_states, output_weight
+from megatron_bliss.pretraining import evaluate_loss, load_target
 from tests.distributed import run_distributed
 from tests.targets import (
     LLAMA,
@@ -25,11 +30,6 @@ from tests.targets import (
     make_target,
     train,
 )
-
-from megatron_bliss import checkpoint
-from megatron_bliss.config import OptimizerConfig, PlatformConfig
-from megatron_bliss.models.target import last_hidden_states, output_weight
-from megatron_bliss.pretraining import evaluate_loss, load_target
 
 TIMES = ("time", "tokens_per_second", "milliseconds_per_iteration")
 
@@ -198,9 +198,7 @@ def test_segments_follow_each_other(prefix, tmp_path):
     """Warm-up and a second segment on the same schedule; the second one's data begin anew."""
     with grouped(layout()) as groups:
         warmup, _ = train(groups, layout(), prefix, tmp_path / "a", iterations=6, total_iterations=12)
-        go_on = partial(
-            train, groups, layout(), prefix, start=warmup.checkpoint, first_iteration=6, iterations=12
-        )
+        go_on = partial(train, groups, layout(), prefix, start=warmup.checkpoint, first_iteration=6, iterations=12)
         second, entries = go_on(tmp_path / "b", evaluate=evaluator(groups))
         twin, twin_entries = go_on(tmp_path / "c", evaluate=evaluator(groups))
         with pytest.raises(ValueError, match="found iteration 6 in checkpoint .*, expected 7"):

@@ -2,8 +2,8 @@
 # BLISS on your own web text:
 #   bash examples/web_text/run.sh 'DOCUMENTS_GLOB' VALIDATION.jsonl RUN_FOLDER [options of pretrain_bliss.py ...]
 # DOCUMENTS_GLOB: JSON lines (.jsonl, .json, .gz) with a "text" field; "domain" and "format" are reported where present.
-# VALIDATION: JSON lines with "text", judged by the last word as in LAMBADA; every second line guides the selection, the
-# others are held out for the result.
+# VALIDATION: JSON lines with "text", passages like those the model should be good at. Every second one guides the
+# selection; the others are held out for the result, by the loss on all their tokens and by that on their last words.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n '2,6s/^# //p' "$0" >&2
@@ -18,14 +18,21 @@ data=${DATA_FOLDER:-$folder-data}
 mkdir -p "$data"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c 'import os; print(max(1, len(os.sched_getaffinity(0)) // 2))')}
 
-"$python" tools/train_tokenizer.py --input "$documents" --output "$data/tokenizer.json" --vocab-size 4096 --max-megabytes 10
-"$python" tools/preprocess_data.py --input "$documents" --output-prefix "$data/pool" \
-  --tokenizer-model "$data/tokenizer.json" --unit window --window-length 64 --workers 2
-for part in 1 2; do
-  names=(_ guide heldout)
-  "$python" tools/prepare_validation.py --input "$validation" --output-prefix "$data/${names[$part]}" --split $part/2 \
-    --tokenizer-model "$data/tokenizer.json" --label last-word --max-length 64
-done
+if [ ! -f "$data/done" ]; then
+  "$python" tools/train_tokenizer.py --input "$documents" --output "$data/tokenizer.json" --vocab-size 4096 \
+    --max-megabytes 10
+  "$python" tools/preprocess_data.py --input "$documents" --output-prefix "$data/pool" \
+    --tokenizer-model "$data/tokenizer.json" --unit window --window-length 64 --workers 2
+  prepare() {
+    "$python" tools/prepare_validation.py --input "$validation" --output-prefix "$data/$1" --split "$2" --label "$3" \
+      --tokenizer-model "$data/tokenizer.json" --max-length 64
+  }
+  prepare guide 1/2 all
+  prepare heldout 2/2 all
+  prepare heldout_last_word 2/2 last-word
+  touch "$data/done"
+fi
+
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_bliss.py \
   --config examples/web_text/config.yaml --run_folder "$folder" --data.train_prefix "$data/pool" \
-  --data.validation_prefix "$data/guide" --data.test_prefixes "[$data/heldout]" "$@"
+  --data.validation_prefix "$data/guide" --data.test_prefixes "[$data/heldout,$data/heldout_last_word]" "$@"

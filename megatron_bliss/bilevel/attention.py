@@ -10,8 +10,8 @@ and back, Ō the adjoint of O and Ŏ that adjoint's tangent (sums run over keys)
     Ṁ = Ŏ vᵀ + Ō v̇ᵀ            Ṅ = Ṗ (M - m) + P (Ṁ - ṁ),  ṁ = Σ (Ṗ M + P Ṁ)
     v̄ = Pᵀ Ō, and its tangent Ṗᵀ Ō + Pᵀ Ŏ;     q̄ = N k, and Ṅ k + N k̇;     k̄ = Nᵀ q, and Ṅᵀ q + Nᵀ q̇
 
-No matrix of all queries by all keys of the whole batch exists: a block holds ``BLOCK_ELEMENTS`` scores, future keys are
-skipped, and the backward pass makes P and Ṗ again. Stacks hold [value, tangent] going forward and
+No matrix of all queries by all keys of the whole batch exists: a block holds at most ``BLOCK_ELEMENTS`` scores (or one
+group's), future keys are skipped, and the backward pass makes P and Ṗ again. Stacks hold [value, tangent] going forward and
 [tangent of the adjoint, adjoint] going back, as in dual.py.
 
 Shapes: n samples times query groups, r heads of a group, s sequence, d channels of a head.
@@ -47,7 +47,7 @@ def _blocks(count: int, per_group: int, length: int, device: torch.device) -> It
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
-        step = max(1, budget // (per_group * (last - first) * last))
+        step = max(1, min(budget // (per_group * (last - first) * last), -(-count // 2)))
         for head in range(0, count, step):
             yield _Block(slice(head, min(head + step, count)), first, last)
 

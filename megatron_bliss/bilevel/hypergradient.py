@@ -55,11 +55,12 @@ def hypergradient(
     if scores is not None:
         _add_gradient(total, parameters, scores, coefficients)
     else:
-        size = micro_batch_size or max(len(batch), 1)
-        for part, part_coefficients in zip(_micro_batches(batch, size), coefficients.split(size), strict=True):
+        start = 0
+        for part in _micro_batches(batch, micro_batch_size):
             with torch.enable_grad():
                 part_scores = model(part.tokens, part.lengths)
-            _add_gradient(total, parameters, part_scores, part_coefficients)
+            _add_gradient(total, parameters, part_scores, coefficients[start : start + len(part)])
+            start += len(part)
     if group is not None:
         dist.all_reduce(total.flat, group=group)
     return total

@@ -44,9 +44,9 @@ class SolverState:
         """The inverse of ``state_dict``."""
         return cls(**state)
 
-    def observe(self, z_norm: float, product_norm: float) -> SolverState:
-        """The state after a product C z was seen."""
-        decayed = EIGENVALUE_DECAY * self.eigenvalue
+    def observe(self, z_norm: float, product_norm: float, *, decay: bool = True) -> SolverState:
+        """The state after a product C z was seen; the maximum decays when C is new, not over products with one C."""
+        decayed = EIGENVALUE_DECAY * self.eigenvalue if decay else self.eigenvalue
         return SolverState(max(decayed, product_norm / z_norm) if z_norm > 0 else self.eigenvalue)
 
     def step_size(self, damping: float, max_step_size: float) -> float:
@@ -94,10 +94,20 @@ def solve(
 
 
 def sgd_step(
-    z: Tensor, product: Tensor, b: Tensor, state: SolverState, damping: float, max_step_size: float
+    z: Tensor,
+    product: Tensor,
+    b: Tensor,
+    state: SolverState,
+    damping: float,
+    max_step_size: float,
+    *,
+    decay: bool = True,
 ) -> tuple[Tensor, SolveInfo]:
-    """z + eta (b - C z - delta z) given ``product`` = C z; pure. The info's residual is that of z, before the step."""
-    state = state.observe(_norm(z), _norm(product))
+    """z + eta (b - C z - delta z) given ``product`` = C z; pure. The info's residual is that of z, before the step.
+
+    ``decay`` says that C is not the one of the step before.
+    """
+    state = state.observe(_norm(z), _norm(product), decay=decay)
     eta = state.step_size(damping, max_step_size)
     residual = torch.sub(b, product).sub_(z, alpha=damping)
     return z + eta * residual, SolveInfo(state, 1, _ratio(_norm(residual), _norm(b)), eta)
@@ -108,8 +118,8 @@ def gradient_descent(
 ) -> tuple[Tensor, SolveInfo]:
     """``steps`` of ``sgd_step`` from z0."""
     z, info = z0, SolveInfo(state, 0, float("nan"), 0.0)
-    for _ in range(steps):
-        z, info = sgd_step(z, matvec(z), b, info.state, damping, max_step_size)
+    for index in range(steps):
+        z, info = sgd_step(z, matvec(z), b, info.state, damping, max_step_size, decay=index == 0)
     return z, SolveInfo(info.state, steps, info.relative_residual, info.step_size)
 
 
@@ -130,7 +140,7 @@ def conjugate_gradient(
     while products < steps and square > target:
         image = matvec(direction)
         products += 1
-        state = state.observe(_norm(direction), _norm(image))
+        state = state.observe(_norm(direction), _norm(image), decay=products == 1)
         curvature = float(direction.dot(image)) + damping * float(direction.dot(direction))
         if curvature <= 0.0:
             negative = True
@@ -155,7 +165,7 @@ def neumann(
     term, total, eta = b.clone(), b.clone(), 0.0
     for index in range(steps):
         image = matvec(term)
-        state = state.observe(_norm(term), _norm(image))
+        state = state.observe(_norm(term), _norm(image), decay=index == 0)
         if index == 0:
             eta = state.step_size(damping, max_step_size)
         term = term.mul(1.0 - eta * damping).sub_(image, alpha=eta)

@@ -1,9 +1,9 @@
 """The frozen target's last hidden states, brought to the rank that owns the sample.
 
 KL needs the target's distribution for samples that any rank of the world may own. Logits (tokens x vocabulary) are too
-big to move, hidden states (tokens x width) are 25 to 50 times smaller: each model-parallel group runs the target over the
-union of its members' samples and hands every member its own, together with a copy of the output matrix made once. The
-member makes the logits as it needs them. Exact at every tensor- and pipeline-parallel size.
+big to move, hidden states (tokens x width) are 25 to 50 times smaller: each model-parallel group runs the target over
+the union of its members' samples and hands every member its own, together with a copy of the output matrix made once.
+The member makes the logits as it needs them. Exact at every tensor- and pipeline-parallel size.
 
 Shapes: b samples of this rank, s tokens, w width of the target, v vocabulary.
 """

@@ -17,41 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_bliss import checkpoint
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
+from megatron_bliss.bilevel.monitors import Monitors, check_replicas
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
-from megatron_bliss.metrics import MetricsLogger, progress
 from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel
-from megatron_bliss.parallel import Groups, failing_together
-
-SHOWN = ("loss", "train_loss", "validation_loss")
-"""Numbers on the progress line."""
-
-
-class Trainer(Protocol):
-    """Something that is trained step by step and can be saved between two steps."""
-
-    steps_done: int
-
-    def step(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +61,10 @@ class ProxyWarmup:
         norm, rate = self.optimizer.step(gradient)
         self.steps_done += 1
         return {"loss": float(loss), "grad_norm": norm, "lr": rate}
+
+    def watch(self, values: dict[str, float]) -> list[str]:
+        """Nothing to warn of: the optimiser stops at a gradient that is not finite."""
+        return []
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""
@@ -117,6 +102,7 @@ class BilevelTrainer:
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
         self.z = vector.zeros(proxy).flat
         self.solver = SolverState()
+        self.monitors = Monitors(config.global_batch_size)
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
@@ -148,6 +134,15 @@ class BilevelTrainer:
             **self._batch_metrics(sample, walk),
         }
 
+    def watch(self, values: dict[str, float]) -> list[str]:
+        """Warnings that have become due with what the last step logged; collective.
+
+        Raises where a number is not finite or replicas differ.
+        """
+        replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
+        check_replicas(replicas, self.world.group)
+        return self.monitors.observe(self.steps_done, values)
+
     def flops(self, target: Architecture, seq_length: int) -> float:
         """Model FLOPs of the whole round, counted in forward passes F over a batch.
 
@@ -174,6 +169,7 @@ class BilevelTrainer:
             "score_optimizer": self.score_optimizer.state_dict(),
             "z": self.z,
             "solver": self.solver.state_dict(),
+            "monitors": self.monitors.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -185,6 +181,7 @@ class BilevelTrainer:
         self.score_optimizer.load_state_dict(state["score_optimizer"])
         self.z.copy_(state["z"])
         self.solver = SolverState.from_state_dict(state["solver"])
+        self.monitors.load_state_dict(state["monitors"])
 
     def _lower_step(self, number: int) -> None:
         """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
@@ -287,35 +284,5 @@ class _Sample:
     teacher: Teacher | None
 
 
-def run_steps(
-    trainer: Trainer,
-    total_steps: int,
-    *,
-    folder: Path,
-    save_interval: int,
-    log_interval: int,
-    metrics: MetricsLogger,
-    labels: dict,
-    groups: Groups,
-    show_progress: bool,
-) -> None:
-    """Train to ``total_steps``, from the state in ``folder`` if any; a resumed run equals an uninterrupted one."""
-    path = folder / "latest.pt"
-    if path.is_file():
-        trainer.load_state_dict(checkpoint.load_state(path, groups.device))
-    metrics.truncate(**labels, step=trainer.steps_done)
-    description = " ".join(["warm-up" if not labels["round"] else f"round {labels['round']}", labels["stage"]])
-    with progress(
-        total_steps, description=description, unit="steps", enabled=show_progress, initial=trainer.steps_done
-    ) as bar:
-        while trainer.steps_done < total_steps:
-            values = trainer.step()
-            step, is_last = trainer.steps_done, trainer.steps_done == total_steps
-            if step % log_interval == 0 or is_last:
-                metrics.log(step, values, **labels)
-                bar.set(**{name: values[name] for name in SHOWN if name in values})
-            bar.update(1)
-            if step % save_interval == 0 and not is_last:
-                with failing_together(groups):
-                    if groups.is_main:
-                        checkpoint.save_state(path, trainer.state_dict())
+def _flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()

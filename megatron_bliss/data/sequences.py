@@ -1,7 +1,8 @@
 """Training sequences of the target: megatron-core's GPTDataset over one prefix.
 
-Documents are shuffled, joined and cut into sequences of ``seq_length`` tokens, over as many epochs as are needed. Sequence
-k of a segment is a function of (corpus, seed, k) alone: not of the number of ranks, nor of where a run was stopped.
+Documents are shuffled, joined and cut into sequences of ``seq_length`` tokens, over as many epochs as are needed.
+Sequence k of a segment is a function of (corpus, seed, k) alone: not of the number of ranks, nor of where a run was
+stopped.
 
 Shapes: b sequences of one micro-batch, s tokens.
 """
@@ -117,8 +118,8 @@ class TrainingSequences:
         largest = int(parts[1].max())
         if largest >= self.vocab_size:
             raise ValueError(
-                f"found token id {largest} in {self.prefix}, expected ids below the vocabulary's {self.vocab_size}: the "
-                "corpus was made with another tokenizer than its manifest says"
+                f"found token id {largest} in {self.prefix}, expected ids below the vocabulary's {self.vocab_size}: "
+                "the corpus was made with another tokenizer than its manifest says"
             )
         return MicroBatch(*parts)
 
@@ -145,9 +146,9 @@ def _open(prefix: str, config: GPTDatasetConfig, num_samples: int) -> GPTDataset
 
 
 def prepare_cache(prefix: str, folder: Path) -> str:
-    """Empty a cache that is unfinished or belongs to another index (megatron-core's key does not look inside the index).
+    """Empty a cache that is unfinished or belongs to another index; returns the SHA-256 of the index.
 
-    Returns the SHA-256 of the index.
+    megatron-core's own key does not look inside the index.
     """
     digest = sha256_file(f"{prefix}.idx")
     marker = folder / CACHE_MARKER

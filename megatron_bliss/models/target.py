@@ -1,9 +1,9 @@
 """The LLM that is pre-trained: a megatron-core GPTModel under tensor, pipeline and data parallelism.
 
-Weights have the same shapes at every parallel size (the vocabulary is padded to ``make_vocab_size_divisible_by``, not to
-a multiple of the tensor-parallel size) and start from the same numbers: each is drawn whole, from a generator seeded by
-the run's seed and the weight's name, and cut. Padding has no part in the softmax, so the model is one over ``vocab_size``
-tokens.
+Weights have the same shapes at every parallel size (the vocabulary is padded to ``make_vocab_size_divisible_by``, not
+to a multiple of the tensor-parallel size) and start from the same numbers: each is drawn whole, from a generator
+seeded by the run's seed and the weight's name, and cut. Padding has no part in the softmax, so the model is one over
+``vocab_size`` tokens.
 
 Shapes: b samples, s tokens, w width, v vocabulary.
 """
@@ -73,7 +73,7 @@ def build_target(
     params_dtype: torch.dtype,
     seed: int,
 ) -> Target:
-    """The target with initial weights, on ``groups.device``; ValueError where the sizes don't fit the parallel layout."""
+    """The target with initial weights, on ``groups.device``; ValueError where its sizes don't fit the layout."""
     check_layout(config, architecture, seq_length)
     model_config = transformer_config(config, architecture, params_dtype)
     is_llama = architecture.architecture == "llama"
@@ -122,8 +122,8 @@ def check_layout(config: TargetConfig, architecture: Architecture, seq_length: i
     for option, value in divided.items():
         if value % tensor:
             raise ValueError(
-                f"found {option}={value}, expected a multiple of target.tensor_model_parallel_size={tensor}: change one "
-                "of the two"
+                f"found {option}={value}, expected a multiple of target.tensor_model_parallel_size={tensor}: change "
+                "one of the two"
             )
     if architecture.num_layers % config.pipeline_model_parallel_size:
         raise ValueError(
@@ -247,7 +247,9 @@ def forward_only(
     )
 
 
-def last_stage_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int = 8) -> Tensor | None:
+def last_stage_hidden_states(
+    target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int = 8
+) -> Tensor | None:
     """tokens [b, s] -> hidden states [b, s, w] after the final norm on the ranks of the last stage, None elsewhere.
 
     Collective over a model-parallel group, whose ranks all bring the same tokens.
@@ -281,9 +283,7 @@ def last_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_bat
     hidden_states = last_stage_hidden_states(target, tokens, groups, micro_batch_size)
     if hidden_states is None:
         config = target[0].config
-        hidden_states = torch.empty(
-            *tokens.shape, config.hidden_size, dtype=config.params_dtype, device=groups.device
-        )
+        hidden_states = torch.empty(*tokens.shape, config.hidden_size, dtype=config.params_dtype, device=groups.device)
     return _broadcast_from_last_stage(hidden_states.contiguous(), groups)
 
 

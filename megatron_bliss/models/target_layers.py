@@ -124,9 +124,7 @@ def layer_spec(parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear, core_attention=FusedCausalAttention, linear_proj=row_parallel
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
-    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel))
     add = IdentityFuncOp if parallel_residual else residual_add
     return ModuleSpec(
         module=ParallelResidualLayer if parallel_residual else TransformerLayer,
@@ -142,7 +140,7 @@ def layer_spec(parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
 
 
 class VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """-log p(label) per token from logits split over the vocabulary; ids at and above ``vocab_size`` have no part in it.
+    """-log p(label) per token from logits split over the vocabulary, without its padding from ``vocab_size`` on.
 
     One exchange of two numbers a token, where megatron-core makes three exchanges. First order only, and the logits are
     overwritten (fp32) as megatron-core does, because they are the largest tensor of a step: use them for nothing else.

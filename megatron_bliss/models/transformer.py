@@ -91,8 +91,7 @@ class Trunk(nn.Module):
             else:
                 residual = "attention_output" in name or "feed_forward_out" in name
                 scale = (2 * self.architecture.num_layers) ** -0.5 if residual else 1.0
-                draw = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(draw.mul_(self.architecture.init_method_std * scale))
+                _draw(parameter, self.architecture.init_method_std * scale, generator)
 
     def hidden_states(self, tokens: Tensor, *, fused: bool = True) -> Tensor:
         """Hidden states [b, s, w] after the final norm of tokens [b, s]; causal.
@@ -117,8 +116,7 @@ class LanguageModel(Trunk):
             weight = self.embedding.weight
             self.output = _Affine(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
             generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
-            with torch.no_grad():
-                self.output.weight.copy_(torch.randn(weight.shape, generator=generator).mul_(arch.init_method_std))
+            _draw(self.output.weight, arch.init_method_std, generator)
 
     @property
     def output_weight(self) -> Tensor:
@@ -129,6 +127,13 @@ class LanguageModel(Trunk):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [b, s, v] of tokens [b, s]; those at t predict token t + 1."""
         return F.linear(self.hidden_states(tokens, fused=False), self.output_weight)
+
+
+@torch.no_grad()
+def _draw(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """Normal numbers from the CPU's generator, so that a seed means the same everywhere; none on the meta device."""
+    if not parameter.is_meta:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
 
 
 def block_prefixes(arch: Architecture) -> list[str]:
@@ -145,9 +150,7 @@ def _block_parameters(arch: Architecture, options: dict) -> nn.ModuleDict:
             "query_key_value": _Affine(arch.query_key_value_size, width, bias=bias, **options),
             "attention_output": _Affine(width, width, bias=bias, **options),
             "feed_forward_norm": _Affine(width, bias=bias, **options),
-            "feed_forward_in": _Affine(
-                ffn if arch.architecture == "gpt_neox" else 2 * ffn, width, bias=bias, **options
-            ),
+            "feed_forward_in": _Affine(ffn_in, width, bias=bias, **options),
             "feed_forward_out": _Affine(width, ffn, bias=bias, **options),
         }
     )

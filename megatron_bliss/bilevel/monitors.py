@@ -1,0 +1,156 @@
+"""Watch a bilevel stage for the known signs of failure, and say what to do about them.
+
+Each sign is a pure function of what a step logs; a warning is given once per stage, when its sign has stood for
+``PATIENCE`` observations. Replicas that differ between ranks are an error: nothing computed after that means anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 5
+"""Observations in a row after which a sign is believed: single batches are noisy."""
+KL_LIMIT = 0.2
+"""Above it the proxy no longer speaks for the target (BLISS, section on the KL term)."""
+UNIFORM_ENTROPY = 0.9999
+"""Share of log n: above it all samples weigh the same."""
+SATURATED_DEVIATION = 0.47
+"""Standard deviation of sigmoid scores whose values are nearly all 0 or 1 (0.5 if half of them are each)."""
+
+RECENT = 10
+"""Observations whose mean stands for the validation loss at the end of a round."""
+
+Values = dict[str, float]
+
+
+def _kl_is_high(values: Values, num_samples: int) -> bool:
+    return values["kl"] > KL_LIMIT
+
+
+def _weights_are_uniform(values: Values, num_samples: int) -> bool:
+    return values["entropy"] > UNIFORM_ENTROPY * math.log(num_samples)
+
+
+def _scores_are_saturated(values: Values, num_samples: int) -> bool:
+    return values["score_std"] > SATURATED_DEVIATION
+
+
+def _residual_is_high(values: Values, num_samples: int) -> bool:
+    return values["residual"] > 2.0
+
+
+SIGNS: dict[str, tuple[Callable[[Values, int], bool], str]] = {
+    "kl": (
+        _kl_is_high,
+        "KL between proxy and target stays above 0.2: what the proxy likes may not be what the target likes; raise "
+        "bilevel.kl_weight, warm the proxy up longer (proxy.warmup_iters) or take a larger proxy",
+    ),
+    "uniform": (
+        _weights_are_uniform,
+        "the weights P are uniform: the score model does not tell samples apart; raise bilevel.score_optimizer.lr or "
+        "bilevel.upper_iters",
+    ),
+    "saturated": (
+        _scores_are_saturated,
+        "nearly all scores are 0 or 1: the score model has stopped learning; lower bilevel.score_optimizer.lr, use a "
+        "cosine schedule, or score.activation identity",
+    ),
+    "residual": (
+        _residual_is_high,
+        "the residual of the linear system stays above 2: z follows the noise of single batches; lower "
+        "bilevel.solver_max_step_size, raise bilevel.damping or bilevel.validation_batch_size",
+    ),
+}
+"""name -> (sign, advice)."""
+
+
+class Monitors:
+    """Counts signs over a stage; ``observe`` returns the warnings that have just become due."""
+
+    def __init__(self, num_samples: int) -> None:
+        """``num_samples``: n, samples of a global batch."""
+        self.num_samples = num_samples
+        self.warnings: list[str] = []
+        self.validation_losses: deque[float] = deque(maxlen=RECENT)
+        self._seen = {name: deque(maxlen=PATIENCE) for name in SIGNS}
+        self._warned: set[str] = set()
+
+    def observe(self, step: int, values: Values) -> list[str]:
+        """Take in what step ``step`` logged; texts of new warnings.
+
+        Raises ``FloatingPointError`` when a number is not finite.
+        """
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        # an unsolved system (solver identity) has no residual: NaN there says "not measured"
+        broken = [name for name in broken if name != "residual"]
+        if broken:
+            found = ", ".join(f"{name} {values[name]}" for name in broken)
+            raise FloatingPointError(
+                f"found {found} at step {step}, expected finite numbers: lower bilevel.proxy_optimizer.lr or "
+                "bilevel.score_optimizer.lr; the state before it is in the last checkpoint"
+            )
+        self.validation_losses.append(values["validation_loss"])
+        new = [f"step {step}: {SIGNS[name][1]}" for name in SIGNS if self._is_due(name, values)]
+        self.warnings += new
+        return new
+
+    @property
+    def validation_loss(self) -> float:
+        """Mean of the last observations."""
+        return sum(self.validation_losses) / len(self.validation_losses)
+
+    def state_dict(self) -> dict:
+        """What a resumed stage needs to warn as an uninterrupted one would."""
+        seen = {name: list(values) for name, values in self._seen.items()}
+        losses = list(self.validation_losses)
+        return {"warnings": self.warnings, "warned": sorted(self._warned), "seen": seen, "validation_losses": losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from ``state_dict()``."""
+        self.warnings, self._warned = list(state["warnings"]), set(state["warned"])
+        self._seen = {name: deque(values, maxlen=PATIENCE) for name, values in state["seen"].items()}
+        self.validation_losses = deque(state["validation_losses"], maxlen=RECENT)
+
+    def _is_due(self, name: str, values: Values) -> bool:
+        seen = self._seen[name]
+        seen.append(SIGNS[name][0](values, self.num_samples))
+        due = name not in self._warned and len(seen) == PATIENCE and all(seen)
+        if due:
+            self._warned.add(name)
+        return due
+
+
+def validation_advice(last_losses: list[float]) -> str | None:
+    """Advice when the validation loss at the end of the rounds so far rises past round 2; None when it does not."""
+    if len(last_losses) > 2 and last_losses[-1] > last_losses[-2]:
+        return (
+            f"the proxy's validation loss rose from {last_losses[-2]:.4f} to {last_losses[-1]:.4f} in round "
+            f"{len(last_losses)}: the score model may be overfitting the validation set; lower bilevel.upper_iters or "
+            "bilevel.score_optimizer.lr, or use a larger validation set"
+        )
+    return None
+
+
+def check_replicas(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Raise the same ``RuntimeError`` on every rank when a tensor that must be replicated differs between ranks.
+
+    Compares two sums per tensor, in fp64; collective over ``group``.
+    """
+    if group is None:
+        return
+    sums = [s for tensor in tensors.values() for s in (tensor.double().sum(), tensor.double().square().sum())]
+    found = torch.stack(sums)
+    extremes = torch.cat((found, -found))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    spread = (extremes[: len(sums)] + extremes[len(sums) :]).view(-1, 2).abs().amax(1)
+    wrong = [name for name, difference in zip(tensors, spread.tolist(), strict=True) if difference != 0.0]
+    if wrong:
+        raise RuntimeError(
+            f"found {', '.join(wrong)} to differ between ranks, expected identical copies: a device computes wrongly; "
+            "look at its hardware errors, then run the same command again; it goes on from the last checkpoint"
+        )

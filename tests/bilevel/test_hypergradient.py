@@ -1,0 +1,150 @@
+"""Equation (7): against per-sample gradients, and finite differences of Phi through the solved lower level."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from megatron_bliss.bilevel import curvature, hypergradient, solve
+from megatron_bliss.bilevel.softmax import global_softmax
+from tests.bilevel import reference
+from tests.bilevel.problems import (
+    language_model,
+    random_batch,
+    random_teacher,
+    random_vector,
+    relative_error,
+    score_model,
+)
+
+
+@pytest.mark.parametrize("micro", [0, 2])
+@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+def test_equals_per_sample_gradients(micro, activation):
+    model, scorer, batch = language_model(), score_model("llama", activation=activation, seed=3), random_batch(5, 9)
+    z = random_vector(model)
+    scores = hypergradient.score_batch(scorer, batch, micro_batch_size=micro)
+    coefficients = hypergradient.hypergradient_coefficients(
+        global_softmax(scores), curvature.influence(model, batch, z)
+    )
+    found = hypergradient.hypergradient(scorer, batch, coefficients, micro_batch_size=micro)
+    expected = reference.hypergradient(scorer, batch, z, model)
+    assert relative_error(found.flat, expected) < 1e-9
+    graph = scorer(batch.tokens, batch.lengths)
+    assert relative_error(hypergradient.hypergradient(scorer, batch, coefficients, scores=graph).flat, expected) < 1e-9
+
+
+def test_coefficients_add_up_to_nothing_and_ignore_a_constant():
+    P, d = torch.rand(6, dtype=torch.float64).softmax(0), torch.randn(6, dtype=torch.float64)
+    c = hypergradient.hypergradient_coefficients(P, d)
+    assert abs(float(c.sum())) < 1e-15 and float(c.abs().max()) > 1e-3
+    torch.testing.assert_close(hypergradient.hypergradient_coefficients(P, d + 7.0), c)
+    with pytest.raises(ValueError, match="coefficients of shape"):
+        hypergradient.hypergradient(score_model(), random_batch(5, 9), c)
+
+
+class Inner:
+    """A tiny lower level that is solved to convergence, as a function of the sample weights."""
+
+    def __init__(self):
+        sizes = {"vocab": 4, "width": 4, "heads": 1, "layers": 1, "ffn": 2}
+        self.model, self.batch = language_model(tied=True, **sizes), random_batch(6, 6, vocab=4)
+        self.validation = random_batch(4, 6, vocab=4, seed=9)
+        self.options = {
+            "teacher": random_teacher(6, 6, 4),
+            "kl_weight": 0.1,
+            "kl_direction": "proxy_to_target",
+            "l2_weight": 0.02,
+        }
+        self.scorer = score_model("llama", activation="identity", seed=2, **sizes)
+        self.theta = self.descend(self.weights(dict(self.scorer.named_parameters())))
+
+    def lower(self, P, theta):
+        return reference.lower(self.model, self.named(theta), self.batch, P, **self.options)
+
+    def named(self, theta):
+        parameters = dict(self.model.named_parameters())
+        parts = theta.split([p.numel() for p in parameters.values()])
+        return {n: part.view_as(p) for (n, p), part in zip(parameters.items(), parts, strict=True)}
+
+    def weights(self, scorer_parameters):
+        scores = functional_call(self.scorer, scorer_parameters, (self.batch.tokens, self.batch.lengths))
+        return reference.weights(scores).detach()
+
+    def descend(self, P):
+        """From the initial weights to the neighbourhood of a minimum."""
+        theta = reference.parameters_of(self.model).requires_grad_()
+        optimiser = torch.optim.LBFGS([theta], max_iter=1000, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimiser.zero_grad()
+            value = self.lower(P, theta)
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        return theta.detach()
+
+    def solve(self, P):
+        """Newton's method from the solution for nearby weights.
+
+        Rotating queries with keys, or values with the output matrix, changes nothing: those directions have curvature 0
+        for G and slope 0 for G and Phi, and are left out.
+        """
+        theta = self.theta
+        for _ in range(8):
+            leaf = theta.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.lower(P, leaf), leaf)
+            if slope.norm() < 1e-14:
+                break
+            hessian = torch.autograd.functional.hessian(lambda t: self.lower(P, t), theta, vectorize=True)
+            values, vectors = torch.linalg.eigh(hessian)
+            curved = values > 1e-4
+            assert bool((curved | (values.abs() < 1e-7)).all()), "not a minimum, or badly conditioned"
+            theta = theta - vectors[:, curved] @ ((vectors[:, curved].T @ slope) / values[curved])
+        assert slope.norm() < 1e-13, "the lower level did not converge"
+        return theta
+
+    def phi(self, scorer_parameters):
+        theta = self.solve(self.weights(scorer_parameters))
+        return float(reference.upper(self.model, self.named(theta), self.validation))
+
+
+def engine_hypergradient(inner, theta):
+    """Equations (5) to (7) by the engine alone, at the solved lower level."""
+    torch.nn.utils.vector_to_parameters(theta, inner.model.parameters())
+    P = global_softmax(hypergradient.score_batch(inner.scorer, inner.batch))
+    weights = curvature.validation_weights(inner.validation, dtype=torch.float64)
+    b = curvature.gradient(inner.model, inner.validation, weights)[1].flat
+
+    def matvec(z):
+        return curvature.curvature_product(inner.model, inner.batch, P, z, **inner.options).product.flat
+
+    z, info = solve.solve(matvec, b, 0 * b, solver="conjugate_gradient", steps=1500, damping=0.0)
+    assert info.relative_residual < 1e-11
+    d = curvature.influence(inner.model, inner.batch, z)
+    coefficients = hypergradient.hypergradient_coefficients(P, d)
+    return hypergradient.hypergradient(inner.scorer, inner.batch, coefficients).flat
+
+
+def derivative(phi, direction, scorer, step=0.02, levels=3):
+    """d Phi / d direction by central differences, Richardson-extrapolated: error O(step^(2 levels))."""
+    start = {n: p.detach().clone() for n, p in scorer.named_parameters()}
+
+    def at(t):
+        parts = direction.split([p.numel() for p in start.values()])
+        return phi({n: p + t * part.view_as(p) for (n, p), part in zip(start.items(), parts, strict=True)})
+
+    row = [(at(step / 2**i) - at(-step / 2**i)) / (2 * step / 2**i) for i in range(levels)]
+    for order in range(1, levels):
+        row = [(4**order * row[i + 1] - row[i]) / (4**order - 1) for i in range(len(row) - 1)]
+    return row[0]
+
+
+def test_equals_finite_differences_of_phi_through_the_solved_lower_level():
+    inner = Inner()
+    inner.theta = inner.solve(inner.weights(dict(inner.scorer.named_parameters())))
+    found = engine_hypergradient(inner, inner.theta)
+    across = torch.randn(len(found), generator=torch.Generator().manual_seed(1), dtype=found.dtype)
+    direction = found / found.norm() + across / across.norm()
+    expected = derivative(inner.phi, direction, inner.scorer)
+    assert abs(float(found @ direction) - expected) < 1e-9 * abs(expected)
