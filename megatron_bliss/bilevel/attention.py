@@ -11,8 +11,8 @@ and back, Ō the adjoint of O and Ŏ that adjoint's tangent (sums run over keys)
     v̄ = Pᵀ Ō, and its tangent Ṗᵀ Ō + Pᵀ Ŏ;     q̄ = N k, and Ṅ k + N k̇;     k̄ = Nᵀ q, and Ṅᵀ q + Nᵀ q̇
 
 No matrix of all queries by all keys of the whole batch exists: a block holds at most ``BLOCK_ELEMENTS`` scores (or one
-group's), future keys are skipped, and the backward pass makes P and Ṗ again. Stacks hold [value, tangent] going forward and
-[tangent of the adjoint, adjoint] going back, as in dual.py.
+group's), future keys are skipped, and the backward pass makes P and Ṗ again. Stacks hold [value, tangent] going forward
+and [tangent of the adjoint, adjoint] going back, as in dual.py.
 
 Shapes: n samples times query groups, r heads of a group, s sequence, d channels of a head.
 """
