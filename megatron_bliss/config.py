@@ -158,6 +158,8 @@ class BilevelConfig:
     """gamma, weight of the KL term that ties the proxy to the frozen target (0: no target forward at all)."""
     kl_direction: Literal["proxy_to_target", "target_to_proxy"] = "proxy_to_target"
     """KL(proxy || target) as the paper writes it, or KL(target || proxy) as its released code computes it."""
+    kl_warning_threshold: float = 0.2
+    """A mean KL that stays above this is warned of: the proxy no longer speaks for the target."""
     l2_weight: float = 1e-7
     """lambda, weight of ||theta_p||^2 in the lower level."""
     solver: Literal["sgd", "conjugate_gradient", "neumann", "identity"] = "sgd"

@@ -141,7 +141,9 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
     settings, flops = {"corpus_digest": corpus_digest(prefix), "arm": arm, "round": round_number}, 0.0
     blocks = folder / "blocks"
     if arm == "bliss":
-        state_path = session.folder.stage_folder(arm, round_number, "bilevel") / FINAL_STATE
+        bilevel_folder = session.folder.stage_folder(arm, round_number, "bilevel")
+        session.folder.require(bilevel_folder, "score")
+        state_path = bilevel_folder / FINAL_STATE
         settings |= {"model_digest": sha256_file(state_path), "activation": config.score.activation}
         blocks = folder / f"blocks-{settings['model_digest'][:12]}"  # those of another model are not taken for ours
         model = _new_score_model(session, None)
@@ -173,6 +175,7 @@ def select_units(session: Session, folder: Path, arm: str, round_number: int) ->
     """Rewrite the shard's index to the units with the highest scores; keep samples of both ends for the report."""
     config, prefix, selected = session.config, shard_prefix(session, round_number), ""
     score_folder = session.folder.stage_folder(arm, round_number, "score")
+    session.folder.require(score_folder, "select")
     with failing_together(session.groups):
         if session.groups.is_main:
             settings = read_json(score_folder / "scores.json")

@@ -32,6 +32,7 @@ def test_dtype():
 def test_importing_changes_nothing_and_patches_apply_once():
     """In a process of its own, because the patches stay."""
     program = """
+import resource
 import torch
 from megatron_bliss import platform
 from megatron_bliss.config import PlatformConfig
@@ -50,6 +51,12 @@ from megatron.core.pipeline_parallel import schedules
 assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
 assert schedules.torch.Tensor is torch.Tensor and torch.zeros is not schedules.torch.zeros
 assert torch.are_deterministic_algorithms_enabled()
+def page_faults():
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)  # 64 MiB: 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+if platform.keep_freed_memory():
+    assert min(page_faults() for _ in range(3)) < 1000
 print(torch.get_num_threads())
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -201,4 +201,4 @@ def test_other_options_in_an_old_run_folder_are_refused(corpus: Path, finished: 
 def test_a_stage_alone_needs_the_ones_before_it(corpus: Path, tmp_path: Path) -> None:
     result = run(corpus, tmp_path / "new", "--stage", "select", "--round", "1", "--arm", "bliss")
     assert result.returncode == 2
-    assert "expected that stage to be finished before" in result.stderr or "scores.json" in result.stderr
+    assert "score/done.json, expected that stage to be finished before select" in result.stderr

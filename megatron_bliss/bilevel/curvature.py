@@ -30,8 +30,8 @@ from torch import Tensor
 from megatron_bliss.bilevel.head import Teacher, evaluate_head, head_curvature, head_gradient, head_tangent
 from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, check_direction, lower_level
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
-from megatron_bliss.bilevel.walk import DualForward, DualWalk, GaussNewtonWalk, ValueWalk, keeps_graph
-from megatron_bliss.models.transformer import LanguageModel, block_prefixes
+from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk, forward_only, keeps_graph
+from megatron_bliss.models.transformer import LanguageModel
 
 CURVATURES = ("hessian", "gauss_newton")
 
@@ -164,7 +164,7 @@ def influence(model: LanguageModel, batch, vector: Tensor | dict[str, Tensor], *
     for part in lower.micro_batches(batch, weights):
         micro = MicroBatch(model, part, lower)
         scene = micro.scene(model, vector=direction)
-        rows = micro.select(DualForward(scene).forward(micro.embed(scene, dual=True)))
+        rows = micro.select(forward_only(scene, micro.embed(scene, dual=True)))
         hidden = scene.duals("").norm(rows, "final_norm")
         weight, weight_tangent = model.output_weight.detach(), direction[_output_name(model)]
         parts.append((micro.mean(head_tangent(hidden, weight, weight_tangent, micro.terms).tangent),))
@@ -188,10 +188,8 @@ def sample_losses(
     for part in lower.micro_batches(batch, weights):
         micro = MicroBatch(model, part, lower)
         scene = micro.scene(model)
-        x = micro.embed(scene, dual=False)
-        for prefix in block_prefixes(scene.arch):
-            x = scene.block(scene.values(prefix), x)
-        hidden = scene.values("").norm(micro.select(x), "final_norm")
+        rows = micro.select(forward_only(scene, micro.embed(scene, dual=False)))
+        hidden = scene.values("").norm(rows, "final_norm")
         parts.append(micro.per_sample(evaluate_head(hidden, model.output_weight.detach(), micro.terms)))
     return SampleLosses(*_join(model, parts))
 
@@ -241,16 +239,14 @@ def _gradient_pass(model: LanguageModel, part: tuple, lower: LowerLevel, sums: _
     scene = micro.scene(model, gradient=total)
     x = micro.embed(scene, dual=False)
     keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=False, recompute=lower.recompute)
-    walk = ValueWalk(scene, keep=keep)
+    walk = Walk(scene, keep=keep)
     rows = micro.select(walk.forward(x)).requires_grad_()
-    names = {n: p.detach().requires_grad_() for n, p in scene.parameters.items() if n.startswith("final_norm.")}
+    leaves = walk.leaves("final_norm.")
     with torch.enable_grad():
-        hidden = scene.values("", names).norm(rows, "final_norm")
+        hidden = scene.values("", leaves).norm(rows, "final_norm")
     result = head_gradient(hidden.detach(), model.output_weight.detach(), micro.terms, total[_output_name(model)])
-    found = torch.autograd.grad(hidden, [rows, *names.values()], result.adjoint)
-    for name, part_gradient in zip(names, found[1:], strict=True):
-        total[name].add_(part_gradient)
-    micro.embed_backward(walk.backward(micro.scatter(found[0])), total["embedding.weight"])
+    adjoint = walk.differentiate(hidden, rows, leaves, result.adjoint)
+    micro.embed_backward(walk.backward(micro.scatter(adjoint)), total["embedding.weight"])
     return micro.per_sample(result)
 
 

@@ -258,7 +258,7 @@ class _Chunks:
                 p.addcmul_(loss.teacher, loss.kappa, value=-1)
             else:
                 p.mul_(loss.alpha).addcmul_(loss.teacher, loss.kappa)
-        return p.scatter_add_(1, loss.labels, -loss.alpha)
+        return p.scatter_(1, loss.labels, p.gather(1, loss.labels) - loss.alpha)
 
     def pair(self, loss: _Loss) -> Tensor:
         """Buffers 0 and 1 as one tensor [2, R, v]."""
@@ -268,8 +268,8 @@ class _Chunks:
     def result(self, entropy: list, kl: list, tangents: list | None = None, adjoint: Tensor | None = None):
         """Chunks put together."""
         empty = self.memory.new_zeros(0)
-        join = lambda parts: torch.cat([empty, *parts])  # noqa: E731
-        return HeadResult(join(entropy), join(kl), None if tangents is None else join(tangents), adjoint)
+        entropy, kl = torch.cat([empty, *entropy]), torch.cat([empty, *kl])
+        return HeadResult(entropy, kl, None if tangents is None else torch.cat([empty, *tangents]), adjoint)
 
 
 def chunk_size(count: int, vocab_size: int, device: torch.device) -> int:

@@ -9,46 +9,55 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 PATIENCE = 5
 """Observations in a row after which a sign is believed: single batches are noisy."""
-KL_LIMIT = 0.2
-"""Above it the proxy no longer speaks for the target (BLISS, section on the KL term)."""
 UNIFORM_ENTROPY = 0.9999
 """Share of log n: above it all samples weigh the same."""
 SATURATED_DEVIATION = 0.47
 """Standard deviation of sigmoid scores whose values are nearly all 0 or 1 (0.5 if half of them are each)."""
 
+RESIDUAL_LIMIT = 2.0
+"""Times the norm of the right-hand side: z = 0 has residual 1."""
 RECENT = 10
 """Observations whose mean stands for the validation loss at the end of a round."""
 
 Values = dict[str, float]
 
 
-def _kl_is_high(values: Values, num_samples: int) -> bool:
-    return values["kl"] > KL_LIMIT
+@dataclass(frozen=True)
+class Limits:
+    """What a stage's values are held against: n, samples of a global batch, and the largest KL left without a word."""
+
+    num_samples: int
+    kl: float
 
 
-def _weights_are_uniform(values: Values, num_samples: int) -> bool:
-    return values["entropy"] > UNIFORM_ENTROPY * math.log(num_samples)
+def _kl_is_high(values: Values, limits: Limits) -> bool:
+    return values["kl"] > limits.kl
 
 
-def _scores_are_saturated(values: Values, num_samples: int) -> bool:
+def _weights_are_uniform(values: Values, limits: Limits) -> bool:
+    return values["entropy"] > UNIFORM_ENTROPY * math.log(limits.num_samples)
+
+
+def _scores_are_saturated(values: Values, limits: Limits) -> bool:
     return values["score_std"] > SATURATED_DEVIATION
 
 
-def _residual_is_high(values: Values, num_samples: int) -> bool:
-    return values["residual"] > 2.0
+def _residual_is_high(values: Values, limits: Limits) -> bool:
+    return values["residual"] > RESIDUAL_LIMIT
 
 
-SIGNS: dict[str, tuple[Callable[[Values, int], bool], str]] = {
+SIGNS: dict[str, tuple[Callable[[Values, Limits], bool], str]] = {
     "kl": (
         _kl_is_high,
-        "KL between proxy and target stays above 0.2: what the proxy likes may not be what the target likes; raise "
-        "bilevel.kl_weight, warm the proxy up longer (proxy.warmup_iters) or take a larger proxy",
+        "KL between proxy and target stays above bilevel.kl_warning_threshold: what the proxy likes may not be what "
+        "the target likes; raise bilevel.kl_weight, warm both up longer, or take a larger proxy",
     ),
     "uniform": (
         _weights_are_uniform,
@@ -72,9 +81,8 @@ SIGNS: dict[str, tuple[Callable[[Values, int], bool], str]] = {
 class Monitors:
     """Counts signs over a stage; ``observe`` returns the warnings that have just become due."""
 
-    def __init__(self, num_samples: int) -> None:
-        """``num_samples``: n, samples of a global batch."""
-        self.num_samples = num_samples
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.warnings: list[str] = []
         self.validation_losses: deque[float] = deque(maxlen=RECENT)
         self._seen = {name: deque(maxlen=PATIENCE) for name in SIGNS}
@@ -118,7 +126,7 @@ class Monitors:
 
     def _is_due(self, name: str, values: Values) -> bool:
         seen = self._seen[name]
-        seen.append(SIGNS[name][0](values, self.num_samples))
+        seen.append(SIGNS[name][0](values, self.limits))
         due = name not in self._warned and len(seen) == PATIENCE and all(seen)
         if due:
             self._warned.add(name)

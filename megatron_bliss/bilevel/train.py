@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
-from megatron_bliss.bilevel.monitors import Monitors, check_replicas
+from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
@@ -102,7 +102,7 @@ class BilevelTrainer:
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
         self.z = vector.zeros(proxy).flat
         self.solver = SolverState()
-        self.monitors = Monitors(config.global_batch_size)
+        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """The walk through the blocks: forward once, back once, keeping only each block's input where memory asks for it.
 
 A walk has ``forward(x) -> y`` (input of the first block to output of the last) and ``backward(adjoint) -> adjoint of
-x``; parameters' gradients and products are added to the vectors it was made with.
+x``; parameters' gradients and products are added to the scene's vectors. The caller has gradients switched off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,65 +58,83 @@ def keeps_graph(arch: Architecture, tokens: int, element_size: int, *, dual: boo
     return arch.num_layers * per_block * tokens * element_size <= KEEP_BYTES
 
 
-class DualWalk:
-    """Dual activations [2, b, s, w] forward, [tangent of the adjoint, adjoint] back."""
+def forward_only(scene: Scene, x: Tensor) -> Tensor:
+    """All blocks without a way back; dual activations when the scene has a vector, else values."""
+    operations = scene.duals if scene.vector else scene.values
+    for prefix in block_prefixes(scene.arch):
+        x = scene.block(operations(prefix), x)
+    return x
+
+
+class Walk:
+    """Forward and back through the blocks on plain values [b, s, w]: an ordinary gradient."""
 
     def __init__(self, scene: Scene, *, keep: bool):
         self.scene, self.keep = scene, keep
         self.inputs: list[Tensor] = []
-        self.ends: tuple[Tensor, Tensor] | None = None
+        self.whole: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """One forward-mode pass through all blocks."""
-        scene, start = self.scene, x
-        if self.keep:
-            start = x = x.requires_grad_()
-        with torch.set_grad_enabled(self.keep):
-            for prefix in block_prefixes(scene.arch):
-                if not self.keep:
-                    self.inputs.append(x)
-                x = scene.block(scene.duals(prefix), x)
-        if self.keep:
-            self.ends = start, x
+        """All blocks, keeping their graph or each one's input."""
+        prefixes = block_prefixes(self.scene.arch)
+        if not self.keep:
+            for prefix in prefixes:
+                self.inputs.append(x)
+                x = self.run(prefix, x, {})
+            return x
+        start, leaves = x.requires_grad_(), self.leaves("blocks.")
+        with torch.enable_grad():
+            for prefix in prefixes:
+                x = self.run(prefix, x, leaves)
+        self.whole = x, start, leaves
         return x.detach()
 
     def backward(self, adjoint: Tensor) -> Tensor:
-        """The blocks' backward passes in dual numbers."""
+        """The adjoint of the first block's input; block by block where only inputs were kept."""
         if self.keep:
-            start, end = self.ends
-            self.ends = None
-            return torch.autograd.grad(end, start, adjoint)[0]
+            whole, self.whole = self.whole, None
+            return self.differentiate(*whole, adjoint)
         for prefix in reversed(block_prefixes(self.scene.arch)):
-            x = self.inputs.pop().requires_grad_()
+            x, leaves = self.inputs.pop().requires_grad_(), self.leaves(prefix)
             with torch.enable_grad():
-                y = self.scene.block(self.scene.duals(prefix), x)
-            (adjoint,) = torch.autograd.grad(y, x, adjoint)
-            del y
+                y = self.run(prefix, x, leaves)
+            adjoint = self.differentiate(y, x, leaves, adjoint)
         return adjoint
 
+    def run(self, prefix: str, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """One block."""
+        return self.scene.block(self.scene.values(prefix, leaves), x)
 
-class DualForward:
-    """Dual activations forward, nothing kept: directional derivatives alone."""
+    def leaves(self, prefix: str) -> dict[str, Tensor]:
+        """The parameters under ``prefix`` as fresh leaves that share their memory."""
+        parameters = self.scene.parameters.items()
+        return {name: p.detach().requires_grad_() for name, p in parameters if name.startswith(prefix)}
 
-    def __init__(self, scene: Scene):
-        self.scene = scene
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """One forward-mode pass through all blocks."""
-        for prefix in block_prefixes(self.scene.arch):
-            x = self.scene.block(self.scene.duals(prefix), x)
-        return x
+    def differentiate(self, y: Tensor, x: Tensor, leaves: dict[str, Tensor], adjoint: Tensor) -> Tensor:
+        """The adjoint of x from y's; the leaves' gradients are added to the scene's."""
+        found = torch.autograd.grad(y, [x, *leaves.values()], adjoint)
+        add_by_name(self.scene.gradient, leaves, found[1:])
+        return found[0]
 
 
-class GaussNewtonWalk:
+class DualWalk(Walk):
+    """Dual activations [2, b, s, w] forward, [tangent of the adjoint, adjoint] back; the operations add up the sums."""
+
+    def run(self, prefix: str, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """One block in dual numbers."""
+        return self.scene.block(self.scene.duals(prefix), x)
+
+    def leaves(self, prefix: str) -> dict[str, Tensor]:
+        """None: autograd carries activations only."""
+        return {}
+
+
+class GaussNewtonWalk(Walk):
     """Dual activations forward; back, plain blocks recomputed and two cotangents [2, b, s, w] sent through each."""
 
     def __init__(self, scene: Scene):
-        self.scene = scene
-        self.inputs: list[Tensor] = []
+        super().__init__(scene, keep=False)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """One forward-mode pass, keeping the value of each block's input."""
         for prefix in block_prefixes(self.scene.arch):
@@ -124,71 +142,17 @@ class GaussNewtonWalk:
             x = self.scene.block(self.scene.duals(prefix), x)
         return x
 
-    def backward(self, adjoint: Tensor) -> Tensor:
-        """[Gauss-Newton cotangent, adjoint] back; products and gradients are added to the scene's vectors."""
-        scene = self.scene
-        for prefix in reversed(block_prefixes(scene.arch)):
-            x = self.inputs.pop().requires_grad_()
-            leaves = _leaves(scene.parameters, prefix)
-            with torch.enable_grad():
-                y = scene.block(scene.values(prefix, leaves), x)
-            out = torch.empty_like(adjoint)
-            for index, sums in ((1, scene.gradient), (0, scene.product)):
-                found = torch.autograd.grad(y, [x, *leaves.values()], adjoint[index], retain_graph=index == 1)
-                out[index] = found[0]
-                _add(sums, leaves, found[1:])
-            adjoint = out
-        return adjoint
+    def differentiate(self, y: Tensor, x: Tensor, leaves: dict[str, Tensor], adjoint: Tensor) -> Tensor:
+        """[Gauss-Newton cotangent, adjoint] of x from y's; products and gradients are added to the scene's."""
+        out = torch.empty_like(adjoint)
+        for index, sums in ((1, self.scene.gradient), (0, self.scene.product)):
+            found = torch.autograd.grad(y, [x, *leaves.values()], adjoint[index], retain_graph=index == 1)
+            out[index] = found[0]
+            add_by_name(sums, leaves, found[1:])
+        return out
 
 
-class ValueWalk:
-    """Plain activations [b, s, w] forward and their adjoints back: an ordinary gradient."""
-
-    def __init__(self, scene: Scene, *, keep: bool):
-        self.scene, self.keep = scene, keep
-        self.inputs: list[Tensor] = []
-        self.leaves: dict[str, Tensor] = {}
-        self.ends: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All blocks."""
-        scene, start = self.scene, x
-        if self.keep:
-            start = x = x.requires_grad_()
-            self.leaves = _leaves(scene.parameters, "blocks.")
-        with torch.set_grad_enabled(self.keep):
-            for prefix in block_prefixes(scene.arch):
-                if not self.keep:
-                    self.inputs.append(x)
-                x = scene.block(scene.values(prefix, self.leaves), x)
-        if self.keep:
-            self.ends = start, x
-        return x.detach()
-
-    def backward(self, adjoint: Tensor) -> Tensor:
-        """An ordinary backward pass, block by block where nothing was kept."""
-        if self.keep:
-            start, end = self.ends
-            self.ends = None
-            return self._differentiate(end, start, self.leaves, adjoint)
-        for prefix in reversed(block_prefixes(self.scene.arch)):
-            x, leaves = self.inputs.pop().requires_grad_(), _leaves(self.scene.parameters, prefix)
-            with torch.enable_grad():
-                y = self.scene.block(self.scene.values(prefix, leaves), x)
-            adjoint = self._differentiate(y, x, leaves, adjoint)
-        return adjoint
-
-    def _differentiate(self, y: Tensor, x: Tensor, leaves: dict[str, Tensor], adjoint: Tensor) -> Tensor:
-        found = torch.autograd.grad(y, [x, *leaves.values()], adjoint)
-        _add(self.scene.gradient, leaves, found[1:])
-        return found[0]
-
-
-def _leaves(parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The parameters under ``prefix`` as fresh leaves that share their memory."""
-    return {name: p.detach().requires_grad_() for name, p in parameters.items() if name.startswith(prefix)}
-
-
-def _add(sums: dict[str, Tensor], leaves: dict[str, Tensor], found: tuple[Tensor, ...]) -> None:
-    for name, gradient in zip(leaves, found, strict=True):
-        sums[name].add_(gradient)
+def add_by_name(sums: dict[str, Tensor], names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Add each tensor to the sum of its name."""
+    for name, tensor in zip(names, tensors, strict=True):
+        sums[name].add_(tensor)

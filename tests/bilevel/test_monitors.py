@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.bilevel.monitors import PATIENCE, Monitors, check_replicas, validation_advice
+from megatron_bliss.bilevel.monitors import PATIENCE, Limits, Monitors, check_replicas, validation_advice
 from tests.distributed import run_distributed
 
+LIMITS = Limits(num_samples=32, kl=0.2)
 HEALTHY = {"kl": 0.05, "entropy": 3.2, "score_std": 0.2, "residual": 0.8, "validation_loss": 5.0}
 
 
@@ -25,7 +26,7 @@ HEALTHY = {"kl": 0.05, "entropy": 3.2, "score_std": 0.2, "residual": 0.8, "valid
 )
 def test_each_sign_is_warned_of_once_when_it_lasts(sign: dict, advice: str) -> None:
     advice = {"do not": "does not tell samples apart"}.get(advice, advice)
-    monitors = Monitors(num_samples=32)
+    monitors = Monitors(LIMITS)
     warnings = [monitors.observe(step, {**HEALTHY, **sign}) for step in range(3 * PATIENCE)]
     given = [text for texts in warnings for text in texts]
     assert len(given) == 1 and advice in given[0]
@@ -34,14 +35,14 @@ def test_each_sign_is_warned_of_once_when_it_lasts(sign: dict, advice: str) -> N
 
 
 def test_a_healthy_stage_and_single_outliers_are_left_alone() -> None:
-    monitors = Monitors(num_samples=32)
+    monitors = Monitors(LIMITS)
     for step in range(4 * PATIENCE):
         outlier = {"kl": 0.9} if step % PATIENCE == 0 else {}
         assert monitors.observe(step, {**HEALTHY, **outlier}) == []
 
 
 def test_a_resumed_stage_warns_like_an_uninterrupted_one() -> None:
-    first, second = Monitors(32), Monitors(32)
+    first, second = Monitors(LIMITS), Monitors(LIMITS)
     for step in range(PATIENCE - 1):
         first.observe(step, {**HEALTHY, "kl": 1.0})
     second.load_state_dict(first.state_dict())
@@ -51,8 +52,8 @@ def test_a_resumed_stage_warns_like_an_uninterrupted_one() -> None:
 
 def test_a_number_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(FloatingPointError, match="kl nan at step 7"):
-        Monitors(32).observe(7, {**HEALTHY, "kl": float("nan")})
-    Monitors(32).observe(7, {**HEALTHY, "residual": float("nan")})  # the identity solver measures none
+        Monitors(LIMITS).observe(7, {**HEALTHY, "kl": float("nan")})
+    Monitors(LIMITS).observe(7, {**HEALTHY, "residual": float("nan")})  # the identity solver measures none
 
 
 def test_a_rising_validation_loss_past_round_two_gets_advice() -> None:
