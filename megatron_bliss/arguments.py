@@ -112,6 +112,8 @@ def _check_sizes(config: Config) -> None:
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:
             raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
+    if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
+        raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
 

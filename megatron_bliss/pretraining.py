@@ -26,7 +26,7 @@ from megatron_bliss.data.sequences import MicroBatch, TrainingSequences
 from megatron_bliss.metrics import MetricsLogger, Progress, progress
 from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.target import Target, build_target, forward_only
-from megatron_bliss.parallel import Groups
+from megatron_bliss.parallel import Groups, broadcast_object
 from megatron_bliss.platform import choose_dtype
 from megatron_bliss.target_trainer import TargetTrainer, load_target_weights
 
@@ -83,11 +83,7 @@ def train_segment(
     A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
     ValueError for options that don't fit, RuntimeError on every rank where loss or gradient are no longer finite.
     """
-    if not first_iteration < last_iteration <= total_iterations:
-        raise ValueError(
-            f"found a segment from iteration {first_iteration} to {last_iteration} of {total_iterations}, expected "
-            "0 <= first < last <= total: set pretraining.warmup_iters and pretraining.train_iters to at least 1"
-        )
+    _check_span(first_iteration, last_iteration, total_iterations)
     target = build_target(
         target_config,
         architecture,
@@ -122,6 +118,14 @@ def train_segment(
     del segment, trainer, target
     gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles
     return result
+
+
+def _check_span(first: int, last: int, total: int) -> None:
+    if not 0 <= first < last <= total:
+        raise ValueError(
+            f"found a segment from iteration {first} to {last} of {total}, expected 0 <= first < last <= total: set "
+            "pretraining.warmup_iters and pretraining.train_iters to at least 1"
+        )
 
 
 class _Log:
@@ -170,7 +174,7 @@ class _Segment:
 
     def load(self, start: str | Path | None) -> None:
         """Go on from this folder's newest checkpoint, or begin from ``start``."""
-        own = checkpoint.latest(self.folder)
+        own = broadcast_object(checkpoint.latest(self.folder), self.groups)
         path = own or start
         if path is None:
             return

@@ -209,8 +209,9 @@ def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
     at_once = config.micro_batch_size * groups.data_parallel_size
     if config.global_batch_size % at_once:
         raise ValueError(
-            f"found pretraining.global_batch_size={config.global_batch_size}, expected a multiple of {at_once}: change it "
-            f"or pretraining.micro_batch_size={config.micro_batch_size} ({groups.data_parallel_size} data-parallel ranks)"
+            f"found pretraining.global_batch_size={config.global_batch_size}, expected a multiple of {at_once} "
+            f"(micro_batch_size={config.micro_batch_size} x {groups.data_parallel_size} data-parallel ranks): change "
+            "pretraining.global_batch_size or pretraining.micro_batch_size"
         )
     return config.global_batch_size // at_once
 

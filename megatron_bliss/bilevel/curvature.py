@@ -76,28 +76,12 @@ def value_and_gradient(
     batch,
     weights: Tensor,
     *,
-    teacher: Teacher | None = None,
-    kl_weight: float = 0.0,
-    kl_direction: str = "proxy_to_target",
-    num_samples: int | None = None,
     l2_weight: float = 0.0,
     group=None,
-    micro_batch_size: int = 0,
-    recompute: bool | None = None,
+    **options,
 ) -> ValueAndGradient:
-    """G (eq. 3), its gradient, and the samples' losses for logging; ``weights`` [b] are P_i."""
-    lower = lower_level(
-        model,
-        batch,
-        weights,
-        teacher=teacher,
-        kl_weight=kl_weight,
-        kl_direction=kl_direction,
-        num_samples=num_samples,
-        group=group,
-        micro_batch_size=micro_batch_size,
-        recompute=recompute,
-    )
+    """G (eq. 3), its gradient, and the samples' losses for logging; ``weights`` [b] are P_i. Options: the module's."""
+    lower = lower_level(model, batch, weights, group=group, **options)
     sums = _Sums(model, vectors=1)
     samples = [_gradient_pass(model, part, lower, sums) for part in lower.micro_batches(batch, weights)]
     losses, kl = _join(model, samples)
@@ -114,34 +98,19 @@ def curvature_product(
     vector: Tensor | dict[str, Tensor],
     *,
     curvature: str = "hessian",
-    teacher: Teacher | None = None,
-    kl_weight: float = 0.0,
-    kl_direction: str = "proxy_to_target",
-    num_samples: int | None = None,
     l2_weight: float = 0.0,
     group=None,
-    micro_batch_size: int = 0,
-    recompute: bool | None = None,
+    **options,
 ) -> CurvatureProduct:
     """C z for z = ``vector`` (flat or by name), with G, its gradient and d_i = <grad l_i, z> (eq. 6), in one pass.
 
     C is the Hessian of G, or its Gauss-Newton matrix, which is positive semi-definite: the Jacobian of the logits on
     both sides of m (diag p - p pᵀ), m the mass of cross-entropy and KL at each position; l2 adds 2 lambda z to both.
+    Options: the module's.
     """
     if curvature not in CURVATURES:
         raise ValueError(f"found curvature {curvature!r}, expected {' or '.join(CURVATURES)}: change bilevel.curvature")
-    lower = lower_level(
-        model,
-        batch,
-        weights,
-        teacher=teacher,
-        kl_weight=kl_weight,
-        kl_direction=kl_direction,
-        num_samples=num_samples,
-        group=group,
-        micro_batch_size=micro_batch_size,
-        recompute=recompute,
-    )
+    lower = lower_level(model, batch, weights, group=group, **options)
     direction = as_vector(model, vector)
     sums = _Sums(model, vectors=2)
     samples = [

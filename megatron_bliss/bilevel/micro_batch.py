@@ -41,15 +41,15 @@ def lower_level(
     batch,
     weights: Tensor,
     *,
-    teacher: Teacher | None,
-    kl_weight: float,
-    kl_direction: str,
-    num_samples: int | None,
     group,
-    micro_batch_size: int,
-    recompute: bool | None,
+    teacher: Teacher | None = None,
+    kl_weight: float = 0.0,
+    kl_direction: str = "proxy_to_target",
+    num_samples: int | None = None,
+    micro_batch_size: int = 0,
+    recompute: bool | None = None,
 ) -> LowerLevel:
-    """Check the options once, with ValueErrors that say what to change, and settle n."""
+    """Check the options (curvature.py lists them), with ValueErrors that say what to change, and settle n."""
     check_direction(kl_direction)
     if weights.shape != (len(batch),):
         raise ValueError(f"found weights of shape {tuple(weights.shape)}, expected ({len(batch)},): one a sample")

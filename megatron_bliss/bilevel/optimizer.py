@@ -39,8 +39,8 @@ class Optimizer:
     def step(self, gradient: dict[str, torch.Tensor]) -> tuple[float, float]:
         """Clip ``gradient`` to a global norm of ``clip_grad`` and update; returns (norm before clipping, learning rate).
 
-        ``gradient`` must be the same on every rank. Raises ``FloatingPointError`` when its norm is not finite, before
-        anything is changed.
+        ``gradient`` must be the same on every rank; it is clipped in place, because a copy would be as large as the
+        model. Raises ``FloatingPointError`` when its norm is not finite, before anything is changed.
         """
         norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradient.values()])))
         if not math.isfinite(norm):
@@ -50,7 +50,7 @@ class Optimizer:
             )
         scale = min(1.0, self.config.clip_grad / (norm + 1e-6)) if self.config.clip_grad > 0 else 1.0
         for name, parameter in self.parameters.items():
-            parameter.grad = gradient[name] * scale
+            parameter.grad = gradient[name].mul_(scale)
         rate = learning_rate(self.config, self.steps_done, self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
+from megatron_bliss.bilevel.memory import plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.bilevel.softmax import global_softmax
@@ -102,6 +103,7 @@ class BilevelTrainer:
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
         self.z = vector.zeros(proxy).flat
         self.solver = SolverState()
+        self.micro_batch_size, self.recompute = _split(config, proxy, train, validation)
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
         self.steps_done = 0
 
@@ -119,7 +121,7 @@ class BilevelTrainer:
             sample.batch,
             coefficients,
             group=self.world.group,
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
         )
         hypergradient_norm, _ = self.score_optimizer.step(upper)
         _, rate = self.proxy_optimizer.step(walk.gradient)
@@ -192,7 +194,7 @@ class BilevelTrainer:
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
-        size = self.config.micro_batch_size
+        size = self.micro_batch_size
         scores = score_batch(self.score_model, batch, micro_batch_size=size)
         weights = global_softmax(scores, self.world.group, unit_ids=batch.unit_ids, micro_batch_size=size)
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
@@ -206,14 +208,15 @@ class BilevelTrainer:
             "num_samples": config.global_batch_size,
             "l2_weight": config.l2_weight,
             "group": self.world.group,
-            "micro_batch_size": config.micro_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "recompute": self.recompute,
         }
 
     def _validation_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Phi and b = grad Phi (eq. 4) on this step's validation batch."""
         batch = self.validation.at(self.steps_done).to(self.world.device)
         weights = curvature.validation_weights(batch, self.world.group)
-        options = {"group": self.world.group, "micro_batch_size": self.config.micro_batch_size}
+        options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
         loss, gradient = curvature.gradient(self.proxy, batch, weights, **options)
         return loss, gradient.flat
 
@@ -282,6 +285,18 @@ class _Sample:
     scores: torch.Tensor
     weights: torch.Tensor
     teacher: Teacher | None
+
+
+def _split(
+    config: BilevelConfig, proxy: LanguageModel, train: BatchSchedule, validation: BatchSchedule
+) -> tuple[int, bool | None]:
+    """Samples at once and whether blocks are recomputed: as asked for, or the largest split under the memory limit."""
+    if not config.memory_limit_gib:
+        return config.micro_batch_size, None
+    samples = max(schedule.stop - schedule.start for schedule in (train, validation))
+    seq_length = max(schedule.source.seq_length for schedule in (train, validation))
+    plan = plan_step(proxy.architecture, samples, seq_length, limit_gib=config.memory_limit_gib)
+    return plan.micro_batch_size, plan.recompute
 
 
 def _flat(model: torch.nn.Module) -> torch.Tensor:

@@ -47,7 +47,9 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Something with numbered samples that can be fetched by number."""
+    """Something with numbered samples of at most ``seq_length`` tokens that can be fetched by number."""
+
+    seq_length: int
 
     def __len__(self) -> int: ...
 

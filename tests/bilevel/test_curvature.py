@@ -239,6 +239,15 @@ def test_no_tensor_of_batch_by_sequence_by_vocabulary(recompute, direction):
     assert engine.elements < 0.6 * samples * length * vocab
 
 
+def test_attention_never_holds_the_scores_of_the_whole_batch():
+    model = language_model("gpt_neox", vocab=16, width=8, ffn=16, layers=1)
+    batch, z = random_batch(2, 256, 16), random_vector(model)
+    with Largest() as engine:
+        curvature.curvature_product(model, batch, random_weights(2), z, recompute=True)
+        curvature.curvature_product(model, batch, random_weights(2), z, curvature="gauss_newton", recompute=False)
+    assert engine.elements < 0.6 * 2 * 2 * 256 * 256
+
+
 def test_errors_say_what_to_change():
     model, batch, P, z = problem("gpt_neox")
     with pytest.raises(ValueError, match="curvature 'fisher'.*change bilevel.curvature"):

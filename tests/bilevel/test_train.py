@@ -42,7 +42,7 @@ class RandomUnits:
         generator = np.random.default_rng(seed)
         self.tokens = torch.from_numpy(generator.integers(0, VOCABULARY, (count, LENGTH)))
         self.lengths = torch.from_numpy(generator.integers(4, LENGTH + 1, count))
-        self.last = last
+        self.last, self.seq_length = last, LENGTH
 
     def __len__(self) -> int:
         return len(self.tokens)
