@@ -116,10 +116,13 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
         session.schedule(validation, config.bilevel.validation_batch_size, "validation", round_number),
         session.world,
     )
+    warnings = trainer.check_precision()
+    for warning in warnings if session.groups.is_main else []:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     _run_trainer(session, trainer, config.bilevel.upper_iters, folder, arm, round_number, "bilevel")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()})
     flops = trainer.flops(session.target_architecture, config.data.seq_length)
-    loss, warnings = trainer.monitors.validation_loss, trainer.monitors.warnings
+    loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(session, arm, round_number), loss])
     if advice:
         warnings = [*warnings, advice]

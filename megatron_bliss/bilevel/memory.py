@@ -20,7 +20,7 @@ BLOCK_FACTOR = 2
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Samples at once, whether blocks are recomputed on the way back (None: kept where that is cheap), estimated bytes."""
+    """Samples at once, whether blocks are recomputed on the way back (None: kept where cheap), estimated bytes."""
 
     micro_batch_size: int
     recompute: bool | None

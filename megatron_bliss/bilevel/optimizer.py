@@ -11,7 +11,7 @@ from megatron_bliss.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step`` out of ``total_steps``: linear warm-up, then constant or cosine to ``min_lr``."""
+    """Learning rate of 0-based ``step`` of ``total_steps``: linear warm-up, then constant or cosine to ``min_lr``."""
     if step < config.lr_warmup_iters:
         return config.lr * (step + 1) / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
@@ -37,7 +37,7 @@ class Optimizer:
         )
 
     def step(self, gradient: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Clip ``gradient`` to a global norm of ``clip_grad`` and update; returns (norm before clipping, learning rate).
+        """Clip ``gradient`` to a global norm of ``clip_grad`` and update; returns (norm before, learning rate).
 
         ``gradient`` must be the same on every rank; it is clipped in place, because a copy would be as large as the
         model. Raises ``FloatingPointError`` when its norm is not finite, before anything is changed.
@@ -45,8 +45,8 @@ class Optimizer:
         norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradient.values()])))
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"found gradient norm {norm} at step {self.steps_done}, expected a finite number: lower the learning rate "
-                "or, if it came from the linear system, bilevel.solver_max_step_size"
+                f"found gradient norm {norm} at step {self.steps_done}, expected a finite number: lower the learning "
+                "rate or, if it came from the linear system, bilevel.solver_max_step_size"
             )
         scale = min(1.0, self.config.clip_grad / (norm + 1e-6)) if self.config.clip_grad > 0 else 1.0
         for name, parameter in self.parameters.items():

@@ -27,6 +27,7 @@ from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_co
 from megatron_bliss.bilevel.memory import plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
 from megatron_bliss.bilevel.optimizer import Optimizer
+from megatron_bliss.bilevel.precision import DTYPES, SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
@@ -101,6 +102,8 @@ class BilevelTrainer:
         lower_steps = config.upper_iters * config.lower_iters
         self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, lower_steps)
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
+        dtype = DTYPES[config.params_dtype]
+        self._proxy_passes, self._score_passes = ComputeCopy(proxy, dtype), ComputeCopy(score_model, dtype)
         self.z = vector.zeros(proxy).flat
         self.solver = SolverState()
         self.micro_batch_size, self.recompute = _split(config, proxy, train, validation)
@@ -117,7 +120,7 @@ class BilevelTrainer:
         info, walk = self._solve(sample, b)
         coefficients = hypergradient_coefficients(sample.weights, walk.influence, self.world.group)
         upper = hypergradient(
-            self.score_model,
+            self._score_passes.refresh(),
             sample.batch,
             coefficients,
             group=self.world.group,
@@ -135,6 +138,11 @@ class BilevelTrainer:
             "largest_eigenvalue": info.state.eigenvalue,
             **self._batch_metrics(sample, walk),
         }
+
+    def check_precision(self) -> list[str]:
+        """Hold one product on a slice of the first batch against fp64; warnings, or ``ValueError`` if it is wrong."""
+        batch = self.train.at(0).to(self.world.device).slice(0, SLICE_SAMPLES)
+        return precision_warnings(self.proxy, batch, DTYPES[self.config.params_dtype], self.config.curvature)
 
     def watch(self, values: dict[str, float]) -> list[str]:
         """Warnings that have become due with what the last step logged; collective.
@@ -188,14 +196,15 @@ class BilevelTrainer:
     def _lower_step(self, number: int) -> None:
         """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
         sample = self._sample(number)
-        _, gradient = curvature.gradient(self.proxy, sample.batch, sample.weights, **self._lower_options(sample))
+        proxy, options = self._proxy_passes.refresh(), self._lower_options(sample)
+        _, gradient = curvature.gradient(proxy, sample.batch, sample.weights, **options)
         self.proxy_optimizer.step(gradient)
 
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
         size = self.micro_batch_size
-        scores = score_batch(self.score_model, batch, micro_batch_size=size)
+        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)
         weights = global_softmax(scores, self.world.group, unit_ids=batch.unit_ids, micro_batch_size=size)
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
 
@@ -217,7 +226,7 @@ class BilevelTrainer:
         batch = self.validation.at(self.steps_done).to(self.world.device)
         weights = curvature.validation_weights(batch, self.world.group)
         options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
-        loss, gradient = curvature.gradient(self.proxy, batch, weights, **options)
+        loss, gradient = curvature.gradient(self._proxy_passes.refresh(), batch, weights, **options)
         return loss, gradient.flat
 
     def _solve(self, sample: _Sample, b: torch.Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
@@ -249,7 +258,7 @@ class BilevelTrainer:
     def _walk(self, sample: _Sample, z: torch.Tensor) -> curvature.CurvatureProduct:
         options = self._lower_options(sample)
         return curvature.curvature_product(
-            self.proxy, sample.batch, sample.weights, z, curvature=self.config.curvature, **options
+            self._proxy_passes.refresh(), sample.batch, sample.weights, z, curvature=self.config.curvature, **options
         )
 
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
