@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_bliss.files import atomic_file, publish, read_json, sync_folder
-from megatron_bliss.files import write_json as write_json_atomic
+from megatron_bliss.files import atomic_file, publish, read_json, sync_folder, write_json
 from megatron_bliss.parallel import Groups, failing_together
 
 __all__ = [
@@ -25,12 +24,10 @@ __all__ = [
     "load_checkpoint",
     "load_state",
     "load_weights",
-    "read_json",
     "read_manifest",
     "save_checkpoint",
     "save_state",
     "step_folder",
-    "write_json_atomic",
 ]
 
 FORMAT = 1
@@ -123,7 +120,7 @@ def save_checkpoint(
         if groups.is_main:
             save_state(temporary / SHARED, shared)
             manifest = {"format": FORMAT, "step": step, **groups.sizes}
-            write_json_atomic(temporary / MANIFEST, manifest)
+            write_json(temporary / MANIFEST, manifest)
             sync_folder(temporary)
             if path.exists():
                 shutil.rmtree(path)

@@ -193,8 +193,11 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self._is_open and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif self._is_open and self.done != self.total and self._is_due():
             self._print_line()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
 
     def set(self, **values: float) -> None:
         """Show these numbers from now on, in place of those of the same names."""

@@ -31,6 +31,7 @@ def score_units(
     world_size: int,
     device: torch.device,
     show_progress: bool,
+    description: str = "score",
 ) -> None:
     """Score this rank's blocks of ``source`` into ``folder``, one file each; blocks that are there are not made again.
 
@@ -39,7 +40,7 @@ def score_units(
     folder.mkdir(parents=True, exist_ok=True)
     bounds = list(_block_bounds(len(source)))[rank::world_size]
     count = sum(stop - start for start, stop in bounds)
-    with progress(count, description="score", unit="units", enabled=show_progress) as bar:
+    with progress(count, description=description, unit="units", enabled=show_progress) as bar:
         for start, stop in bounds:
             path = _block_path(folder, start, stop)
             if not path.is_file():

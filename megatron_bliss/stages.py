@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_bliss import checkpoint
 from megatron_bliss.baselines import BASELINES
@@ -27,6 +26,7 @@ from megatron_bliss.data.subset import read_provenance, root_prefix, write_subse
 from megatron_bliss.files import read_json, sha256_file, write_json
 from megatron_bliss.models.presets import flops_per_token
 from megatron_bliss.models.score import ScoreModel, build_score_model
+from megatron_bliss.models.target import Target
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
@@ -161,6 +161,7 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
                 world_size=groups.world_size,
                 device=groups.device,
                 show_progress=session.show_progress,
+                description=f"round {round_number} score",
             )
         tokens = read_manifest(prefix)["counts"]["tokens"]
         flops = tokens * flops_per_token(session.proxy_architecture, config.data.seq_length)
@@ -211,15 +212,7 @@ def pretrain_target(session: Session, folder: Path, arm: str, round_number: int)
 def evaluate_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
     """Losses of the checkpoint that the round left, as read back from disk."""
     config = session.config
-    target = load_target(
-        _target_checkpoint(session, arm, round_number),
-        target_config=config.target,
-        architecture=session.target_architecture,
-        groups=session.groups,
-        platform=config.platform,
-        seq_length=config.data.seq_length,
-        seed=config.seed,
-    )
+    target = _saved_target(session, arm, round_number)
     iteration = config.pretraining.warmup_iters + round_number * config.pretraining.train_iters
     tokens = iteration * config.pretraining.global_batch_size * config.data.seq_length
     losses = _test_losses(session)(target)
@@ -267,12 +260,26 @@ def _target_checkpoint(session: Session, arm: str, round_number: int) -> Path:
     return folder / session.folder.require(folder, "a stage that needs this target")["checkpoint"]
 
 
-def _test_losses(session: Session) -> Callable[[list[torch.nn.Module]], dict[str, float]]:
+def _saved_target(session: Session, arm: str, round_number: int) -> Target:
+    """The target as a round left it, read back and not to be trained."""
+    config = session.config
+    return load_target(
+        _target_checkpoint(session, arm, round_number),
+        target_config=config.target,
+        architecture=session.target_architecture,
+        groups=session.groups,
+        platform=config.platform,
+        seq_length=config.data.seq_length,
+        seed=config.seed,
+    )
+
+
+def _test_losses(session: Session) -> Callable[[Target], dict[str, float]]:
     """A function target -> {test set: mean loss over labelled tokens}."""
     config, groups = session.config, session.groups
     sets = {Path(prefix).name: _test_batches(session, prefix) for prefix in config.data.test_prefixes}
 
-    def losses(target: list[torch.nn.Module]) -> dict[str, float]:
+    def losses(target: Target) -> dict[str, float]:
         return {name: evaluate_loss(target, batches, groups) for name, batches in sets.items()}
 
     return losses
@@ -325,17 +332,7 @@ def _start_score_model(session: Session, arm: str, round_number: int, proxy: Lan
 
 def _teacher(session: Session, arm: str, round_number: int) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
-    config = session.config
-    target = load_target(
-        _target_checkpoint(session, arm, round_number - 1),
-        target_config=config.target,
-        architecture=session.target_architecture,
-        groups=session.groups,
-        platform=config.platform,
-        seq_length=config.data.seq_length,
-        seed=config.seed,
-    )
-    return TargetTeacher(target, session.groups, session.vocab_size)
+    return TargetTeacher(_saved_target(session, arm, round_number - 1), session.groups, session.vocab_size)
 
 
 def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, round_number: int, stage: str) -> None:

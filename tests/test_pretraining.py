@@ -14,6 +14,7 @@ import torch
 
 from megatron_bliss import checkpoint
 from megatron_bliss.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.files import read_json, write_json
 from megatron_bliss.models.target import last_hidden_states, output_weight
 from megatron_bliss.pretraining import evaluate_loss, load_target
 from tests.distributed import run_distributed
@@ -290,7 +291,7 @@ def test_another_layout_or_size_than_the_checkpoint_is_refused(prefix, tmp_path)
         loading = partial(train, groups, layout(), prefix, tmp_path, iterations=5)
         with pytest.raises(ValueError, match=r"found decoder.layers.0.mlp.linear_fc1.bias of shape \(64,\)"):
             loading(architecture=replace(NEOX, ffn_hidden_size=128))
-        changed = {**checkpoint.read_json(manifest), "tensor_model_parallel_size": 2}
-        checkpoint.write_json_atomic(manifest, changed)
+        changed = {**read_json(manifest), "tensor_model_parallel_size": 2}
+        write_json(manifest, changed)
         with pytest.raises(ValueError, match="set target.tensor_model_parallel_size=2"):
             loading()

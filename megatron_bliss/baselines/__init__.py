@@ -1,4 +1,4 @@
-"""Selection methods to compare with: each gives a corpus scores like ``scoring.py`` does, so that selection is the same."""
+"""Selection methods to compare with: each gives a corpus scores as ``scoring.py`` does, so selection is the same."""
 
 from megatron_bliss.baselines.random import random_scores
 

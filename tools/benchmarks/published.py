@@ -79,7 +79,7 @@ class PublishedTrainer:
     def _lower_step(self, batch: Batch) -> float:
         loss = self._lower_loss(batch)
         self.proxy_optimizer.step(_named(self.proxy, torch.autograd.grad(loss, list(self.proxy.parameters()))))
-        return float(loss)
+        return float(loss.detach())
 
     def _solve(self, outer: Batch, b: Sequence[Tensor]) -> list[Tensor]:
         parameters = list(self.proxy.parameters())
@@ -122,7 +122,7 @@ def validation_gradient(proxy: LanguageModel, batch: Batch) -> tuple[float, tupl
     labelled = batch.label_mask[:, 1:].sum(1)
     losses, _ = sample_losses(proxy, batch)
     loss = (losses * labelled / labelled.sum()).sum()
-    return float(loss), torch.autograd.grad(loss, list(proxy.parameters()))
+    return float(loss.detach()), torch.autograd.grad(loss, list(proxy.parameters()))
 
 
 def solve(gradient: Sequence[Tensor], parameters: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
