@@ -1,0 +1,51 @@
+"""The same numbers on a GPU as on the CPU. Skipped where there is no CUDA device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bliss.bilevel.curvature import curvature_product
+from megatron_bliss.bilevel.train import World
+from megatron_bliss.models.transformer import build_lm
+from tests.bilevel.test_train import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.test_rounds import corpus, run  # noqa: F401 - a fixture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, found none"),
+]
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_a_curvature_product_equals_the_cpus(kind: str) -> None:
+    batch = RandomUnits(4, 1).batch(np.arange(4))
+    results = []
+    for device in ("cpu", "cuda"):
+        model = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, dtype=torch.float64, device=device)
+        z = torch.nn.utils.parameters_to_vector(model.parameters()).detach() * 0.5
+        weights = torch.full((4,), 0.25, dtype=torch.float64, device=device)
+        result = curvature_product(model, batch.to(torch.device(device)), weights, z, curvature=kind)
+        results.append(torch.cat([result.product.flat, result.gradient.flat, result.influence]).cpu())
+    assert torch.allclose(results[0], results[1], rtol=1e-9, atol=1e-12)
+
+
+def test_bilevel_steps_equal_the_cpus() -> None:
+    found = []
+    for world in (ALONE, World(None, 0, 1, torch.device("cuda"))):
+        trainer = make_trainer(CONFIG, torch.float64, world)
+        found.append([trainer.step() for _ in range(3)])
+    for expected, step in zip(*found, strict=True):
+        assert step == pytest.approx(expected, rel=1e-8)
+
+
+def test_a_whole_run_ends_with_finite_losses(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    result = run(corpus, tmp_path / "run", "--platform.device", "cuda", "--platform.params_dtype", "bf16")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for arm in summary["arms"].values():
+        assert all(np.isfinite(point[1]) for point in arm["validation_loss"])
