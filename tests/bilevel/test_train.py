@@ -57,11 +57,14 @@ class RandomUnits:
         return Batch(self.tokens[ids] * real, mask, lengths, ids)
 
 
-def make_trainer(config: BilevelConfig, dtype: torch.dtype, world: World) -> BilevelTrainer:
-    """A trainer on random units with a small frozen LM of another width as teacher."""
-    proxy = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, dtype=dtype)
-    score = build_score_model(ScoreConfig(head_init_std=0.5), proxy.architecture, seed=2, trunk_from=proxy, dtype=dtype)
-    target = build_lm(dataclasses.replace(SIZES, hidden_size=24), vocab_size=VOCABULARY, seed=3, dtype=dtype)
+def make_trainer(
+    config: BilevelConfig, dtype: torch.dtype, world: World, *, target_teacher=None, vocab_size: int = VOCABULARY
+) -> BilevelTrainer:
+    """A trainer on random units; without a ``target_teacher``, a small frozen LM of another width is the teacher."""
+    options = {"dtype": dtype, "device": world.device}
+    proxy = build_lm(SIZES, vocab_size=vocab_size, seed=1, **options)
+    score = build_score_model(ScoreConfig(head_init_std=0.5), proxy.architecture, seed=2, trunk_from=proxy, **options)
+    target = build_lm(dataclasses.replace(SIZES, hidden_size=24), vocab_size=vocab_size, seed=3, **options)
 
     def teacher(tokens: torch.Tensor) -> Teacher:
         with torch.no_grad():
@@ -72,7 +75,7 @@ def make_trainer(config: BilevelConfig, dtype: torch.dtype, world: World) -> Bil
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
-    return BilevelTrainer(config, proxy, score, teacher, train, validation, world)
+    return BilevelTrainer(config, proxy, score, target_teacher or teacher, train, validation, world)
 
 
 def run_steps(config: BilevelConfig, dtype: torch.dtype, world: World, steps: int = 3) -> dict[str, np.ndarray]:

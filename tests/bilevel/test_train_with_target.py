@@ -1,0 +1,48 @@
+"""Bilevel steps with the KL to a megatron-core target give the same numbers at every parallel layout of the target."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bliss.bilevel.teacher import TargetTeacher
+from megatron_bliss.bilevel.train import World
+from tests.bilevel.test_train import CONFIG, assert_same, make_trainer
+from tests.distributed import run_distributed
+from tests.targets import VOCAB_SIZE, grouped, layout, make_target
+
+STEPS = 2
+SPLITS = (0, 1, 3)
+
+
+def steps(rank: int, world_size: int, sizes: list[tuple[int, int]]) -> dict[tuple, dict[str, np.ndarray]]:
+    """Metrics and z after a few steps, for every layout of the target and every micro-batch split."""
+    found = {}
+    for tensor, pipeline in sizes:
+        with grouped(layout(tensor, pipeline)) as groups:
+            target = make_target(layout(tensor, pipeline), groups)
+            teacher = TargetTeacher(target, groups, VOCAB_SIZE)
+            world = World(groups.world_group, rank, world_size, groups.device)
+            for split in SPLITS:
+                config = dataclasses.replace(CONFIG, micro_batch_size=split)
+                trainer = make_trainer(config, torch.float32, world, target_teacher=teacher, vocab_size=VOCAB_SIZE)
+                metrics = [trainer.step() for _ in range(STEPS)]
+                found[tensor, pipeline, split] = {
+                    "metrics": np.array([[step[name] for name in sorted(step)] for step in metrics]),
+                    "z": trainer.z.numpy(),
+                    "kl": np.array([step["kl"] for step in metrics]),
+                }
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(2, [(1, 1), (2, 1), (1, 2)]), (4, [(2, 2)])])
+def test_steps_do_not_depend_on_the_targets_layout(world_size: int, sizes: list[tuple[int, int]]) -> None:
+    expected = steps(0, 1, [(1, 1)])[1, 1, 0]
+    assert (expected["kl"] > 1e-3).all()  # otherwise the target would play no part here
+    for rank, found in enumerate(run_distributed(steps, world_size, sizes)):
+        for (tensor, pipeline, split), values in found.items():
+            where = f"rank {rank} of {world_size}, TP {tensor}, PP {pipeline}, micro-batches of {split}"
+            assert_same(values, expected, 2e-5, where)
