@@ -152,6 +152,8 @@ class BilevelConfig:
     """|B|, samples per step over all ranks: the softmax of eq. (2) runs over all of them."""
     micro_batch_size: int = 0
     """Samples that are on a device at once inside a step (0: all that the rank owns)."""
+    offload_target: bool = False
+    """Keep the frozen target in the host's memory between its forward passes, when it is too large beside the proxy."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of passes over proxy and score model; their weights, sums and optimiser states stay fp32."""
     memory_limit_gib: float = 0.0

@@ -24,7 +24,7 @@ from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import read_provenance, root_prefix, write_subset
 from megatron_bliss.files import read_json, sha256_file, write_json
-from megatron_bliss.models.presets import flops_per_token
+from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.target import Target
 from megatron_bliss.models.transformer import LanguageModel, build_lm
@@ -164,7 +164,7 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
                 description=f"round {round_number} score",
             )
         tokens = read_manifest(prefix)["counts"]["tokens"]
-        flops = tokens * flops_per_token(session.proxy_architecture, config.data.seq_length)
+        flops = tokens * trunk_flops_per_token(session.proxy_architecture, config.data.seq_length)
     with failing_together(groups):
         if groups.is_main:
             seed = derive_seed(config.seed, "score", arm, round_number)
@@ -332,7 +332,8 @@ def _start_score_model(session: Session, arm: str, round_number: int, proxy: Lan
 
 def _teacher(session: Session, arm: str, round_number: int) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
-    return TargetTeacher(_saved_target(session, arm, round_number - 1), session.groups, session.vocab_size)
+    target = _saved_target(session, arm, round_number - 1)
+    return TargetTeacher(target, session.groups, session.vocab_size, offload=session.config.bilevel.offload_target)
 
 
 def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, round_number: int, stage: str) -> None:

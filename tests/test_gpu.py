@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from megatron_bliss.bilevel.curvature import curvature_product
+from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import World
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.test_train import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.targets import SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
 from tests.test_rounds import corpus, run  # noqa: F401 - a fixture
 
 pytestmark = [
@@ -41,6 +43,18 @@ def test_bilevel_steps_equal_the_cpus() -> None:
         found.append([trainer.step() for _ in range(3)])
     for expected, step in zip(*found, strict=True):
         assert step == pytest.approx(expected, rel=1e-8)
+
+
+def test_an_offloaded_target_teaches_the_same_and_leaves_the_device() -> None:
+    with grouped(layout()) as groups:
+        target = make_target(layout(), groups)
+        tokens = torch.randint(VOCAB_SIZE, (4, SEQ_LENGTH), generator=torch.Generator().manual_seed(1))
+        expected = TargetTeacher(target, groups, VOCAB_SIZE)(tokens)
+        teacher = TargetTeacher(target, groups, VOCAB_SIZE, offload=True)
+        assert {p.device.type for p in target[0].parameters()} == {"cpu"}
+        found = teacher(tokens)
+        assert torch.equal(found.hidden_states, expected.hidden_states)
+        assert {p.device.type for p in target[0].parameters()} == {"cpu"}
 
 
 def test_a_whole_run_ends_with_finite_losses(corpus: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -10,6 +10,9 @@ Shapes: b samples of this rank, s tokens, w width of the target, v vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,16 +24,32 @@ from megatron_bliss.parallel import Groups, all_gather
 
 
 class TargetTeacher:
-    """The target as a teacher; every call is collective over the model-parallel group."""
+    """The target as a teacher; every call is collective over the model-parallel group.
 
-    def __init__(self, target: Target, groups: Groups, vocab_size: int, micro_batch_size: int = 8) -> None:
+    With ``offload`` the target's weights lie in the host's memory between calls, for one too large to share the device
+    with a walk; its output matrix stays, because every chunk of the head reads it.
+    """
+
+    def __init__(
+        self, target: Target, groups: Groups, vocab_size: int, micro_batch_size: int = 8, *, offload: bool = False
+    ) -> None:
         self.target, self.groups, self.vocab_size = target, groups, vocab_size
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.offload = micro_batch_size, offload
         self.refresh()
 
     def refresh(self) -> None:
         """Copy the output matrix [v, w] again, after the target's weights have changed."""
-        self.output_weight = output_weight(self.target, self.groups, self.vocab_size)
+        with self._on_device():
+            self.output_weight = output_weight(self.target, self.groups, self.vocab_size)
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The target on this rank's device, and back in the host's memory afterwards where it is offloaded."""
+        for chunk in self.target if self.offload else []:
+            chunk.to(self.groups.device)
+        yield
+        for chunk in self.target if self.offload else []:
+            chunk.to("cpu")
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Teacher:
@@ -39,7 +58,8 @@ class TargetTeacher:
         Ranks may bring different numbers of samples, none included, and different widths.
         """
         union, rows = self._gather(tokens.to(self.groups.device))
-        hidden_states = last_stage_hidden_states(self.target, union, self.groups, self.micro_batch_size)
+        with self._on_device():
+            hidden_states = last_stage_hidden_states(self.target, union, self.groups, self.micro_batch_size)
         mine = self._hand_out(hidden_states, union.shape[1], rows)
         return Teacher(mine[:, : tokens.shape[1]], self.output_weight)
 

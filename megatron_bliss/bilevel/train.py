@@ -32,7 +32,7 @@ from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
-from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel
 
@@ -164,9 +164,11 @@ class BilevelTrainer:
         walks = config.solver_steps if config.solver == "sgd" else config.solver_steps + 1
         lower = config.lower_iters - 1
         proxy = flops_per_token(self.proxy.architecture, seq_length)
+        score = trunk_flops_per_token(self.proxy.architecture, seq_length)
         teacher = flops_per_token(target, seq_length) if self.teacher else 0.0
         validation = 3 * config.validation_batch_size * seq_length * proxy
-        step = tokens * ((walks * walk + 3 * lower + 4 + lower) * proxy + config.lower_iters * teacher) + validation
+        passes = (walks * walk + 3 * lower) * proxy + (4 + lower) * score + config.lower_iters * teacher
+        step = tokens * passes + validation
         return config.upper_iters * step
 
     def state_dict(self) -> dict:

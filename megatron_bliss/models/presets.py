@@ -184,7 +184,12 @@ def flops_per_token(arch: Architecture, seq_length: int) -> float:
     Two per multiply-add of every matrix product, the output matrix included; a causal token attends to
     (seq_length + 1) / 2 tokens on average. Norms, softmax and activations are left out.
     """
+    return trunk_flops_per_token(arch, seq_length) + 2.0 * arch.vocab_size * arch.hidden_size
+
+
+def trunk_flops_per_token(arch: Architecture, seq_length: int) -> float:
+    """The same without the output matrix, as the score model runs it."""
     ffn_matrices = 2 if arch.architecture == "gpt_neox" else 3
     linear = arch.hidden_size * (arch.query_key_value_size + arch.hidden_size + ffn_matrices * arch.ffn_hidden_size)
     attention = 2 * arch.hidden_size * (seq_length + 1) / 2
-    return 2.0 * (arch.num_layers * (linear + attention) + arch.vocab_size * arch.hidden_size)
+    return 2.0 * arch.num_layers * (linear + attention)
