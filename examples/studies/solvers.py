@@ -85,7 +85,7 @@ class Result:
 
 
 def read_corpus(options: argparse.Namespace) -> Corpus:
-    """The files that examples/quickstart/run.sh makes, or others of the same names. ValueError if the domain is absent."""
+    """The files that examples/quickstart/run.sh makes, or others of these names; ValueError without the domain."""
     folder = Path(options.data_folder)
     pool = UnitDataset(str(folder / "pool"), options.seq_length)
     generator = np.random.default_rng(0)
@@ -169,10 +169,15 @@ def auc(scores: np.ndarray, wanted: np.ndarray) -> float:
 def markdown(results: list[Result], options: argparse.Namespace) -> str:
     """Means over seeds, then every run."""
     description = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine(CPU).items())
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(options).items() if name != "output")
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in vars(options).items() if name != "output"
+    )
     lines = ["# Solvers of the linear system", "", description + ".", "", settings + ".", ""]
     lines += ["Enrichment: share of the wanted domain in the best fifth / its share of the pool.", ""]
-    lines += ["| arm | | enrichment, mean (least-most) | AUC, mean | seconds, median |", "| --- | --- | ---: | ---: | ---: |"]
+    lines += [
+        "| arm | | enrichment, mean (least-most) | AUC, mean | seconds, median |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
     lines += [_summary([r for r in results if r.arm == arm]) for arm in dict.fromkeys(r.arm for r in results)]
     lines += ["", "| arm | seed | in the best fifth | in the pool | enrichment | AUC | seconds | |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]

@@ -107,10 +107,27 @@ def sgd_step(
 
     ``decay`` says that C is not the one of the step before.
     """
+    z = z.clone()
+    return z, sgd_step_(z, product, b.clone(), state, damping, max_step_size, decay=decay)
+
+
+def sgd_step_(
+    z: Tensor,
+    product: Tensor,
+    b: Tensor,
+    state: SolverState,
+    damping: float,
+    max_step_size: float,
+    *,
+    decay: bool = True,
+) -> SolveInfo:
+    """``sgd_step`` in place: z is updated and b is used up, so that no further vector of the model's size is made."""
     state = state.observe(_norm(z), _norm(product), decay=decay)
-    eta = state.step_size(damping, max_step_size)
-    residual = torch.sub(b, product).sub_(z, alpha=damping)
-    return z + eta * residual, SolveInfo(state, 1, _ratio(_norm(residual), _norm(b)), eta)
+    eta, b_norm = state.step_size(damping, max_step_size), _norm(b)
+    residual = b.sub_(product).sub_(z, alpha=damping)
+    info = SolveInfo(state, 1, _ratio(_norm(residual), b_norm), eta)
+    z.add_(residual.mul_(eta))
+    return info
 
 
 def gradient_descent(

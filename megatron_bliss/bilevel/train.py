@@ -29,7 +29,7 @@ from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.bilevel.precision import DTYPES, SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
-from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step, solve
+from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
@@ -116,9 +116,32 @@ class BilevelTrainer:
         for lower in range(self.config.lower_iters - 1):
             self._lower_step(first + lower)
         sample = self._sample(first + self.config.lower_iters - 1)
+        values, influence = self._move_proxy(sample)
+        values["hypergradient_norm"] = self._move_score_model(sample, influence)
+        self.steps_done += 1
+        return values
+
+    def _move_proxy(self, sample: _Sample) -> tuple[dict[str, float], torch.Tensor]:
+        """Validation gradient, a step on the linear system and the last lower step; what to log, and d_i [b].
+
+        The walk's gradient and product, each as large as the proxy, are freed before the score model needs room.
+        """
         validation_loss, b = self._validation_gradient()
         info, walk = self._solve(sample, b)
-        coefficients = hypergradient_coefficients(sample.weights, walk.influence, self.world.group)
+        _, rate = self.proxy_optimizer.step(walk.gradient)
+        values = {
+            "validation_loss": float(validation_loss),
+            "lower_loss": float(walk.loss),
+            "lr": rate,
+            "residual": info.relative_residual,
+            "largest_eigenvalue": info.state.eigenvalue,
+            **self._batch_metrics(sample, walk),
+        }
+        return values, walk.influence
+
+    def _move_score_model(self, sample: _Sample, influence: torch.Tensor) -> float:
+        """One AdamW step along the hypergradient (eq. 7); its norm before clipping."""
+        coefficients = hypergradient_coefficients(sample.weights, influence, self.world.group)
         upper = hypergradient(
             self._score_passes.refresh(),
             sample.batch,
@@ -126,18 +149,7 @@ class BilevelTrainer:
             group=self.world.group,
             micro_batch_size=self.micro_batch_size,
         )
-        hypergradient_norm, _ = self.score_optimizer.step(upper)
-        _, rate = self.proxy_optimizer.step(walk.gradient)
-        self.steps_done += 1
-        return {
-            "validation_loss": float(validation_loss),
-            "lower_loss": float(walk.loss),
-            "lr": rate,
-            "hypergradient_norm": hypergradient_norm,
-            "residual": info.relative_residual,
-            "largest_eigenvalue": info.state.eigenvalue,
-            **self._batch_metrics(sample, walk),
-        }
+        return self.score_optimizer.step(upper)[0]
 
     def check_precision(self) -> list[str]:
         """Hold one product on a slice of the first batch against fp64; warnings, or ``ValueError`` if it is wrong."""
@@ -238,10 +250,18 @@ class BilevelTrainer:
         """
         config = self.config
         if config.solver == "sgd":
-            for _ in range(config.solver_steps):
+            for index in range(config.solver_steps):
                 walk = self._walk(sample, self.z)
-                product = walk.product.flat
-                self.z, info = sgd_step(self.z, product, b, self.solver, config.damping, config.solver_max_step_size)
+                is_last = index == config.solver_steps - 1
+                info = sgd_step_(
+                    self.z,
+                    walk.product.flat,
+                    b if is_last else b.clone(),
+                    self.solver,
+                    config.damping,
+                    config.solver_max_step_size,
+                    decay=index == 0,
+                )
                 self.solver = info.state
             return info, walk
         self.z, info = solve(

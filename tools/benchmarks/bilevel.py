@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to measure")
     add("--no-memory", action="store_true", help="times alone")
     add("--no-time", action="store_true", help="peaks alone")
-    add("--peak-of", choices=list(CASES), help="print the peak of one case in this process (used for each case)")
+    add("--allocator", choices=["returning", "default"], default="returning", help="for peaks on a CPU, see measure.py")
+    add("--peak-of", choices=list(CASES), help="print the peak of one case, in this process with its allocator")
 
 
 def run(options: argparse.Namespace) -> dict | None:
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> dict | None:
     if options.peak_of:
         print(json.dumps(measure_case(options.peak_of, grid[0])._asdict()))
         return None
-    result = {"machine": measure.machine(torch.device(options.device)), "model": _describe_model(options), "cases": []}
+    result = {"machine": measure.machine(torch.device(options.device)), "model": _describe_model(options)}
+    result |= {"allocator": options.allocator, "cases": []}
     for settings in grid:
         result["cases"].append(measure_point(settings, options))
     return result
@@ -140,7 +142,8 @@ def _peak_in_child(name: str, settings: Settings, options: argparse.Namespace) -
         if getattr(options, option) is not None:
             command += ["--" + option.replace("_", "-"), str(getattr(options, option))]
     command += ["--vocab", str(settings.vocab), "--seq", str(settings.seq), "--batch", str(settings.batch)]
-    environment = os.environ | measure.ALLOCATOR | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment |= measure.ALLOCATOR if options.allocator == "returning" else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Peak(**json.loads(done.stdout))

@@ -134,9 +134,7 @@ def double_backward(model: LanguageModel, batch: Batch, weights: Tensor, vector:
 
 
 def _product(problem: Problem, **options) -> Callable:
-    return lambda: curvature.curvature_product(
-        problem.model, problem.batch, problem.weights, problem.vector, **options
-    )
+    return lambda: curvature.curvature_product(problem.model, problem.batch, problem.weights, problem.vector, **options)
 
 
 def _step(problem: Problem, micro_batch_size: int) -> Callable:

@@ -5,7 +5,7 @@ being), gives freed pages back (``malloc_trim``), notes its resident set, resets
 (/proc/self/clear_refs), runs the case again and reads the mark (VmHWM). Peak = mark - resident set: what the case needs
 above what it holds between two steps, which is parameters, optimiser state and z. The process runs under
 ``ALLOCATOR``: every block of 64 KiB or more comes from the system and goes back when freed, so that the resident set is
-what is alive and not what the allocator hoards.
+what is alive and not what the allocator hoards (glibc by itself keeps freed blocks of up to 32 MiB).
 
 Peak on CUDA: the same, by ``torch.cuda.max_memory_allocated`` and ``memory_allocated``.
 """

@@ -102,7 +102,7 @@ class PublishedTrainer:
 def sample_losses(
     proxy: LanguageModel, batch: Batch, teacher: Teacher | None = None, kl_direction: str = "proxy_to_target"
 ) -> tuple[Tensor, Tensor | None]:
-    """l_i [b] and, with a teacher, KL_i [b] by ordinary, twice differentiable autograd: materialised attention, logits."""
+    """l_i [b] and, with a teacher, KL_i [b] by ordinary autograd over materialised attention and logits."""
     mask = batch.label_mask[:, 1:]
     hidden = proxy.hidden_states(batch.tokens, fused=False)[:, :-1]
     logits = F.linear(hidden.flatten(0, 1), proxy.output_weight)
@@ -143,9 +143,7 @@ def hessian_product(
     return torch.autograd.grad(gradient, parameters, vector, retain_graph=retain_graph, materialize_grads=True)
 
 
-def hypergradient(
-    proxy: LanguageModel, score_model: ScoreModel, batch: Batch, z: Sequence[Tensor]
-) -> list[Tensor]:
+def hypergradient(proxy: LanguageModel, score_model: ScoreModel, batch: Batch, z: Sequence[Tensor]) -> list[Tensor]:
     """Steps 6 and 7: eq. (7) from full gradients of both models, sample by sample; a tensor per score parameter."""
     scores, proxy_gradients, score_gradients = [], [], []
     for index in range(len(batch)):

@@ -19,6 +19,16 @@ LABELS = {
     "step_limited": "engine: the same, memory limit",
 }
 
+METHOD = (
+    "Times: median of interleaved repetitions in one process (least to most). Peaks: high-water mark of a process of"
+    " its own above what it holds between two steps (parameters, optimiser state, z, the libraries' memory), each case"
+    " run once before. The published step is tools/benchmarks/published.py."
+)
+ALLOCATORS = {
+    "returning": "On a CPU freed blocks of 64 KiB or more go back to the system: the mark counts what is alive.",
+    "default": "On a CPU the system's allocator is as it comes: the mark counts freed memory that it hoards, too.",
+}
+
 
 def markdown(result: dict, command: str) -> str:
     """The whole page."""
@@ -26,9 +36,7 @@ def markdown(result: dict, command: str) -> str:
     parts = [
         "# Bilevel engine",
         f"`{command}`\n\n{machine}.",
-        "Times: median of interleaved repetitions in one process (least to most). Peaks: high-water mark of a process of"
-        " its own above what it holds between two steps (parameters, optimiser state, z), each case run once before;"
-        " on a CPU freed blocks of 64 KiB or more go back to the system at once, so that the mark counts what is alive.",
+        f"{METHOD} {ALLOCATORS[result['allocator']]}",
     ]
     for case in result["cases"]:
         parts += [_heading(result["model"], case), _operations(case), _figures(case), _errors(case)]
