@@ -273,8 +273,11 @@ def test_plots_take_their_colours_from_the_page():
 
 @pytest.mark.parametrize("values", [np.zeros(5), np.array([1.0]), np.linspace(-3, 3, 999)])
 def test_plots_of_degenerate_scores(values):
-    Page(histogram_chart({"round 1": values}, title="h", x_label="score"))
-    Page(strip_chart({"$a_b$ \\ \ud800 <i>": values, "b": values}, title="s", x_label="score"))
+    histogram = histogram_chart({"round 1": values}, title="h", x_label="score")
+    strip = strip_chart({"$a_b$ \\ \ud800 <i>": values, "b": values}, title="s", x_label="score")
+    for svg in (histogram, strip):
+        Page(svg)
+        assert svg.count("<svg") == svg.count("</svg>") == 1 and "<i>" not in svg
 
 
 def test_short_numbers():

@@ -47,7 +47,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
     }
     memory = _line("/proc/meminfo", "MemTotal")
     return found | ({"memory_gib": round(int(memory.split()[0]) / 2**20, 1)} if memory else {})
