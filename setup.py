@@ -1,4 +1,4 @@
-"""Packaging: ``pip install -e '.[dev]' -c constraints.txt`` installs what the tests were run with."""
+"""Packaging: ``pip install -e '.[dev,eval,fast]' -c constraints.txt`` installs what the tests were run with."""
 
 import re
 from pathlib import Path
@@ -31,13 +31,16 @@ setup(
         "pyyaml",
         "pyarrow",
         "orjson",
+        "isal",
+        "zstandard",
         "safetensors",
         "tensorboard",
         "matplotlib",
         "tqdm",
     ],
     extras_require={
-        "eval": ["lm-eval==0.4.13"],
+        "eval": ["lm-eval[hf]==0.4.13"],
+        "fast": ["gigatoken==0.10.0"],  # young: preprocessing checks it against tokenizers, and does without it
         "gpu": ["transformer-engine[pytorch]"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
     },
