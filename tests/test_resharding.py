@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,23 @@ from megatron_bliss.pretraining import evaluate_loss, load_target
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
 
-HALF, WHOLE = 6, 12
+SAVED, STOPPED, WHOLE = 6, 7, 12
+
+
+class Stopped(Exception):
+    pass
 
 
 def curve(entries: list[dict]) -> np.ndarray:
     return np.array([[entry["step"], entry["loss"], entry["grad_norm"]] for entry in entries if "loss" in entry])
 
 
-def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple], iterations: int) -> list:
+def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple]) -> list:
     """Train (or go on) in each folder: (folder, tensor, pipeline, architecture, distributed optimizer, dtype)."""
     outcomes = []
     for folder, tensor, pipeline, architecture, distributed_optimizer, dtype in cases:
         config, platform = layout(tensor, pipeline), PlatformConfig(params_dtype=dtype)
+        training = replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer, eval_interval=STOPPED)
         with grouped(config, platform) as groups:
             result, entries = train(
                 groups,
@@ -36,12 +42,11 @@ def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple], iteration
                 folder,
                 architecture=architecture,
                 platform=platform,
-                config=replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer),
-                iterations=iterations,
-                total_iterations=WHOLE,
-                save_interval=HALF,
+                config=training,
+                iterations=WHOLE,
+                save_interval=SAVED,
                 log_interval=4,  # losses of two iterations are not logged yet where the checkpoint is written
-                evaluate=lambda target, groups=groups: {"held_out": evaluate_loss(target, make_batches(), groups)},
+                evaluate=partial(held_out, groups),
             )
             target = load_target(
                 result.checkpoint,
@@ -51,10 +56,26 @@ def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple], iteration
                 platform=platform,
                 seq_length=SEQ_LENGTH,
             )
-            loss = evaluate_loss(target, make_batches(), groups)
-            assert loss == result.evaluations[-1][2]["held_out"]  # as read back from disk, bit for bit
-        outcomes.append((curve(entries), loss))
+            losses = held_out(groups, target)
+        assert losses == result.evaluations[-1][2]  # as read back from disk, bit for bit
+        outcomes.append((curve(entries), losses["held_out"]))
     return outcomes
+
+
+def held_out(groups, target) -> dict[str, float]:
+    return {"held_out": evaluate_loss(target, make_batches(), groups)}
+
+
+def start_only(rank: int, world_size: int, prefix: str, cases: list[tuple]) -> None:
+    """The same, but stopped after the first checkpoint."""
+    for case in cases:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr("tests.test_resharding.held_out", stop)
+            go_on(rank, world_size, prefix, [case])
+
+
+def stop(*_: object) -> None:
+    raise Stopped
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +99,20 @@ def test_a_run_goes_on_at_another_layout(prefix, tmp_path):
     models = [(NEOX, True, "fp32"), (LLAMA, False, "fp32"), (NEOX, True, "bf16"), (NEOX, False, "bf16")]
     names = ("neox", "llama", "bf16", "bf16_whole")
     one = [(name, 1, 1, *model) for name, model in zip(names, models, strict=True)]
-    expected = go_on(0, 1, prefix, cases_of(tmp_path / "uninterrupted", one), WHOLE)
+    expected = go_on(0, 1, prefix, cases_of(tmp_path / "uninterrupted", one))
     four = [(name, 2, 2, *model) for name, model in zip(names, models, strict=True)]
-    halves = run_distributed(go_on, 4, prefix, cases_of(tmp_path / "saved", four), HALF)[0]
-    compare([halves[0]], [(expected[0][0][:1], halves[0][1])], atol=1e-4)
+    run_distributed(start_only, 4, prefix, cases_of(tmp_path / "saved", four))
+    assert all((tmp_path / "saved" / name / "segment" / "step_00000006").is_dir() for name in names)
 
     shutil.copytree(tmp_path / "saved", tmp_path / "alone")
     switched = [(name, 1, 1, a, not divided, dtype) for name, _, _, a, divided, dtype in one]
-    found = go_on(0, 1, prefix, cases_of(tmp_path / "alone", switched), WHOLE)
+    found = go_on(0, 1, prefix, cases_of(tmp_path / "alone", switched))
     compare(found[:2], expected[:2], atol=1e-4)
     compare(found[2:], expected[2:], atol=3e-2)
 
     replicas = [case for case in switched if case[0] in ("neox", "llama", "bf16")]
     shutil.copytree(tmp_path / "saved", tmp_path / "replicas")
-    ranks = run_distributed(go_on, 4, prefix, cases_of(tmp_path / "replicas", replicas), WHOLE)
+    ranks = run_distributed(go_on, 4, prefix, cases_of(tmp_path / "replicas", replicas))
     compare(ranks[0][:2], expected[:2], atol=1e-4)
     compare(ranks[0][2:], expected[2:3], atol=3e-2)
     assert [loss for _, loss in ranks[3]] == [loss for _, loss in ranks[0]]
