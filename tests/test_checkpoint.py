@@ -14,6 +14,7 @@ import torch
 from megatron_bliss import checkpoint, target_checkpoint, torch_dist
 from megatron_bliss.files import read_json, write_json
 from megatron_bliss.models.target import Target
+from megatron_bliss.parallel import barrier
 from megatron_bliss.target_checkpoint import load_target_weights_from, save_target, start_save
 from tests.distributed import run_distributed
 from tests.targets import grouped, layout, make_corpus, make_target, train
@@ -306,7 +307,14 @@ def train_and_save(rank: int, world_size: int, prefix: str, folder: str) -> tupl
             train(
                 groups, layout(), prefix, Path(folder) / "asynchronous", iterations=12, save_interval=2, async_save=True
             )
-        outcomes.append(checkpoint.latest(Path(folder) / "asynchronous" / "segment").name)
+        path = checkpoint.latest(Path(folder) / "asynchronous" / "segment")
+        outcomes.append(path.name)
+        if groups.is_main:  # each file is looked at by one rank of the node; every rank learns what it found
+            with open(path / "common.pt", "r+b") as file:
+                file.write(b"damage")
+        barrier(groups)
+        with pytest.raises(ValueError, match="found a wrong checksum in .*common.pt"):
+            load_target_weights_from(path, target_of(groups), groups)
     return tuple(outcomes)
 
 
