@@ -27,7 +27,7 @@ def surprising(batch: MicroBatch) -> MicroBatch:
 
 
 class Poisoned(TrainingSequences):
-    """Training sequences in which micro-batches of some iterations (from 1) are spoilt on the last rank only."""
+    """Training sequences of which some iterations (from 1) are spoilt, by NaN on the last rank only."""
 
     spoilt: dict[int, object] = {}
 
@@ -37,7 +37,7 @@ class Poisoned(TrainingSequences):
         for batch in super().micro_batches(first, count, micro_batch_size):
             spoil = self.spoilt.get(number // per_iteration + 1)
             last = self.groups.rank == self.groups.world_size - 1
-            yield spoil(batch) if spoil and last else batch
+            yield spoil(batch) if spoil and (last or spoil is surprising) else batch
             number += 1
 
 
