@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_bliss.baselines import BASELINES
+from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ModelConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
 
@@ -107,8 +108,7 @@ def _check_sizes(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"found {name} {value}, expected 1 or more")
-    if not 0 < config.selection.fraction <= 1:
-        raise ValueError(f"found selection.fraction {config.selection.fraction}, expected a share in (0, 1]")
+    check_selection(config.selection)
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:
             raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")

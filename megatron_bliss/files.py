@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from isal import isal_zlib
+
 HASH_BLOCK = 1 << 22
 
 
@@ -72,6 +74,34 @@ def sha256_file(path: str | os.PathLike) -> str:
         while block := stream.read(HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def crc32_file(path: str | os.PathLike) -> int:
+    """CRC-32 of a file's content: some forty times faster than SHA-256, and enough to notice an accident."""
+    value = 0
+    with open(path, "rb", buffering=0) as stream:
+        while block := stream.read(HASH_BLOCK):
+            value = isal_zlib.crc32(block, value)
+    return value
+
+
+class DigestWriter:
+    """Hashes what goes through it to a stream, so that a large file need not be read again for its digests."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._sha256, self.crc32 = stream, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        """Write bytes or a contiguous array."""
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else b""
+        self._sha256.update(view)
+        self.crc32 = isal_zlib.crc32(view, self.crc32)
+        return self._stream.write(view)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all that was written, in hexadecimal."""
+        return self._sha256.hexdigest()
 
 
 def sha256_text(*parts: str) -> str:

@@ -2,7 +2,8 @@
 
 Keys of every manifest: ``format_version``, ``kind`` (corpus, subset, validation), ``unit``, ``tokenizer`` (kind,
 sha256, vocab_size, eod; None for a corpus of other software), ``dtype``, ``counts`` (units, tokens, ...),
-``index_sha256``, ``bin_bytes``, ``bin_sha256`` and ``digest``, which stands for index and tokens together.
+``index_sha256``, ``bin_bytes``, ``bin_sha256`` and ``digest``, which stands for index and tokens together. Most also
+have ``index_crc32``, by which an index is known again quickly.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 
 from megatron_bliss.data.indexed import IndexedCorpus, blocks
-from megatron_bliss.files import read_json, sha256_file, sha256_text, write_json
+from megatron_bliss.files import crc32_file, read_json, sha256_file, sha256_text, write_json
 
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "kind", "unit", "counts", "index_sha256", "bin_bytes", "bin_sha256", "digest")
@@ -54,16 +55,20 @@ def read_manifest(prefix: str | os.PathLike) -> dict:
     return manifest
 
 
-def corpus_digest(prefix: str | os.PathLike) -> str:
-    """The digest of a corpus, held against its files: the index is hashed, the size of ``.bin`` compared.
+def corpus_digest(prefix: str | os.PathLike, *, thorough: bool = False) -> str:
+    """The digest of a corpus, held against its files: the index is read and compared, and the size of ``.bin``.
 
+    The index is compared by its CRC-32 where the manifest has one, which finds every accident (an index rewritten under
+    an old name, a damaged block) in a fraction of the time; ``thorough`` or an older manifest: by its SHA-256.
     Raises ValueError when the files are not those the manifest describes.
     """
     manifest = read_manifest(prefix)
-    found, expected = sha256_file(f"{prefix}.idx"), manifest["index_sha256"]
+    quick = not thorough and "index_crc32" in manifest
+    found = crc32_file(f"{prefix}.idx") if quick else sha256_file(f"{prefix}.idx")
+    expected = manifest["index_crc32" if quick else "index_sha256"]
     if found != expected:
         raise ValueError(
-            f"{prefix}.idx has digest {found[:12]}, expected {expected[:12]} from its manifest: the index "
+            f"{prefix}.idx has digest {str(found)[:12]}, expected {str(expected)[:12]} from its manifest: the index "
             "was rewritten under an old name; make it again under a new one"
         )
     size = os.path.getsize(f"{prefix}.bin")
@@ -131,6 +136,7 @@ def adopt_manifest(prefix: str | os.PathLike, tokenizer: dict | None, unit: str 
         "dtype": corpus.dtype.name,
         "counts": {"units": len(corpus), "tokens": corpus.num_tokens},
         "index_sha256": sha256_file(corpus.index_path),
+        "index_crc32": crc32_file(corpus.index_path),
         "bin_bytes": corpus.bin_bytes,
         "bin_sha256": sha256_file(corpus.bin_path),
     }

@@ -36,8 +36,8 @@ def test_the_highest_scores_become_a_subset(scored, capsys):
     np.testing.assert_array_equal(root_units(subset), np.arange(1, 30, 3))
     assert "letter" in output and "100.0%" in output
     manifest = read_manifest(subset)
-    assert manifest["policy"] == {"name": "top_fraction", "fraction": 0.3333, "seed": 0}
-    assert manifest["lowest_score_kept"] == 1.0 and len(manifest["scores_sha256"]) == 64
+    assert manifest["policy"] == {"name": "top_fraction", "fraction": 0.3333, "seed": 0, "threshold": 1.0}
+    assert manifest["scores"][0]["file"] == "scores.npy" and len(manifest["scores"][0]["sha256"]) == 64
     assert make_subset(prefix, scores, "--policy", "threshold", "--threshold", "0.5") == 0
     np.testing.assert_array_equal(root_units(capsys.readouterr().out.partition(":")[0]), np.arange(1, 30, 3))
     for command in ("verify", "show", "sample"):
