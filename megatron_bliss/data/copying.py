@@ -44,6 +44,10 @@ class UnitCopier:
         self._write(b"".join(small))
         return self
 
+    def record(self) -> dict:
+        """What a manifest says of the finished ``.bin``."""
+        return {"bin_bytes": self.bin_bytes, "bin_sha256": self._digest.hexdigest()}
+
     def _write(self, piece: bytes | memoryview, source: int | None = None, offset: int = 0) -> None:
         """Append a piece, by the kernel where it is said which file holds it at which byte."""
         self._digest.update(piece)
