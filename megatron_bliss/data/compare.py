@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.subset import provenance_codes, root_prefix, units_within
+from megatron_bliss.data.subset import FieldWithoutValues, provenance_codes, root_prefix, units_within
 
 
 def compare_units(first: str | os.PathLike, second: str | os.PathLike, field: str = "domain") -> dict:
@@ -40,7 +40,10 @@ def _shares(first: str | os.PathLike, second: str | os.PathLike, field: str) -> 
         return {}
     counts, names = [], []
     for prefix in (first, second):
-        codes, names = provenance_codes(prefix, field)
+        try:
+            codes, names = provenance_codes(prefix, field)
+        except FieldWithoutValues:
+            return {}
         counts.append(np.bincount(codes, minlength=len(names)) / max(1, len(codes)))
     change = np.argsort(-np.abs(counts[1] - counts[0]), kind="stable")
     return {names[i]: (float(counts[0][i]), float(counts[1][i])) for i in change.tolist()}

@@ -32,6 +32,10 @@ from megatron_bliss.data.manifest import content_digest, corpus_digest, manifest
 from megatron_bliss.files import DigestWriter, atomic_file, sha256_text, sync_folder
 
 
+class FieldWithoutValues(ValueError):
+    """No unit has a value in this column of the provenance."""
+
+
 def write_subset(
     parent_prefix: str | os.PathLike,
     ids: np.ndarray,
@@ -208,7 +212,7 @@ def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray,
                 local = chunk.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
                 parts.append(np.array(known, dtype=np.int32)[local])
     if not set(numbers) - {None}:
-        raise ValueError(f"no unit of {prefix} has a {field}: the source text has no such field")
+        raise FieldWithoutValues(f"no unit of {prefix} has a {field}: the source text has no such field")
     codes, units = np.concatenate(parts), root_units(prefix)
     names = ["unknown" if name is None else name for name in numbers]
     return (codes if len(units) == len(codes) else codes[units]), names
