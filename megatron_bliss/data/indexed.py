@@ -53,6 +53,11 @@ class IndexedCorpus:
         self.prefix = str(prefix)
         self.index_path, self.bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         for path in (self.index_path, self.bin_path):
+            if os.path.islink(path) and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{path} is a link to {os.readlink(path)}, which is not there; put the corpus back where it was, "
+                    "relative to the subset, or make the subset again"
+                )
             if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f"{path} does not exist; give the prefix of a .bin/.idx pair, without the suffix"

@@ -15,6 +15,7 @@ from megatron_bliss.data.indexed import IndexedCorpus, blocks
 from megatron_bliss.files import crc32_file, read_json, sha256_file, sha256_text, write_json
 
 FORMAT_VERSION = 1
+KINDS = ("corpus", "subset", "validation")
 REQUIRED = ("format_version", "kind", "unit", "counts", "index_sha256", "bin_bytes", "bin_sha256", "digest")
 
 
@@ -50,8 +51,20 @@ def read_manifest(prefix: str | os.PathLike) -> dict:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {manifest.get('format_version')}, expected {FORMAT_VERSION}")
     missing = [key for key in REQUIRED if key not in manifest]
+    missing += ["root"] if manifest.get("kind") == "subset" and "root" not in manifest else []
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; it is damaged: make the corpus again")
+    counts = manifest["counts"]
+    numbers = (
+        [manifest["bin_bytes"], *(counts.get(key) for key in ("units", "tokens"))]
+        if isinstance(counts, dict)
+        else [None]
+    )
+    if manifest["kind"] not in KINDS or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(
+            f"{path} has kind {manifest['kind']!r}, counts {counts} and bin_bytes {manifest['bin_bytes']}, expected "
+            f"one of {', '.join(KINDS)} and whole numbers; it is damaged: make the corpus again"
+        )
     return manifest
 
 

@@ -133,7 +133,12 @@ def root_units(prefix: str | os.PathLike) -> np.ndarray:
     if manifest["kind"] != "subset":
         return np.arange(units, dtype=np.int64)
     path = f"{prefix}.units.npy"
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist, so it is not known which units these are: make the subset again")
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a usable .npy file ({error}): make the subset again") from error
     if ids.dtype != np.int64 or ids.shape != (units,):
         raise ValueError(f"{path} holds {ids.dtype}{list(ids.shape)}, expected int64[{units}]: make the subset again")
     return ids
@@ -155,6 +160,16 @@ def units_within(other: str | os.PathLike, prefix: str | os.PathLike) -> np.ndar
     return places[ours[places] == theirs]
 
 
+def open_provenance(path: str, **options: object) -> pq.ParquetFile:
+    """A provenance file; ValueError that names it when it is damaged."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a usable provenance file ({error}); remove it, or make the corpus again"
+        ) from error
+
+
 def read_provenance(
     prefix: str | os.PathLike, ids: np.ndarray | None = None, columns: list[str] | None = None
 ) -> pa.Table:
@@ -173,7 +188,7 @@ def read_provenance(
     units = np.asarray(units if ids is None else units[np.asarray(ids, dtype=np.int64)])
     order = np.argsort(units, kind="stable")
     wanted, start, parts = units[order], 0, []
-    with pq.ParquetFile(path) as file:
+    with open_provenance(path) as file:
         schema = (
             file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns])
         )
@@ -201,7 +216,7 @@ def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray,
         )
     numbers: dict[str | None, int] = {}
     parts = [np.zeros(0, np.int32)]
-    with pq.ParquetFile(path, read_dictionary=[field]) as file:
+    with open_provenance(path, read_dictionary=[field]) as file:
         if field not in file.schema_arrow.names:
             raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
         for group in range(file.num_row_groups):

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus, blocks
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
-from megatron_bliss.data.subset import root_prefix, root_units
+from megatron_bliss.data.subset import open_provenance, root_prefix, root_units
 from megatron_bliss.data.validation import ValidationCorpus
 
 TOKEN_BLOCK = 1 << 21
@@ -23,8 +23,8 @@ def verify_corpus(prefix: str | os.PathLike, *, caches: list[str] | None = None)
 
     In this order: header, counts against file sizes, lengths and pointers within ``.bin``, manifest, SHA-256 of the
     index, counts, SHA-256 of ``.bin`` and every id below the vocabulary's size (one reading), a subset's units against
-    its root, a validation set's labels, and caches of megatron-core made before the index (beside the corpus, and in
-    ``caches``). Returns what it found: units, tokens, contiguous, largest_id, kind, caches.
+    its root, a validation set's labels, provenance, and caches of megatron-core made before the index (beside the
+    corpus, and in ``caches``). Returns what it found: units, tokens, contiguous, largest_id, kind, caches.
     Memory: a few megabytes beside what the system maps of the index.
     """
     corpus, manifest = IndexedCorpus(prefix), read_manifest(prefix)
@@ -40,6 +40,7 @@ def verify_corpus(prefix: str | os.PathLike, *, caches: list[str] | None = None)
         _check_subset(corpus, manifest)
     if manifest["kind"] == "validation":
         ValidationCorpus(prefix)
+    _check_provenance(prefix, len(corpus))
     return {
         **counts,
         "kind": manifest["kind"],
@@ -115,6 +116,18 @@ def _check_tokens(corpus: IndexedCorpus, manifest: dict) -> int:
             "manifest: it is damaged or was replaced; make it again"
         )
     return largest
+
+
+def _check_provenance(prefix: str | os.PathLike, units: int) -> None:
+    """A corpus's own provenance has one row per unit."""
+    path = f"{prefix}.provenance.parquet"
+    if os.path.exists(path):
+        with open_provenance(path) as file:
+            rows = file.metadata.num_rows
+        if rows != units:
+            raise ValueError(
+                f"{path} has {rows} rows, expected {units}, one per unit: it is of another corpus; remove it"
+            )
 
 
 def _check_subset(corpus: IndexedCorpus, manifest: dict) -> None:
