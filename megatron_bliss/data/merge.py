@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from megatron_bliss.data.copying import UnitCopier
 from megatron_bliss.data.indexed import (
@@ -30,7 +32,7 @@ from megatron_bliss.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_bliss.data.provenance import SCHEMA, ProvenanceWriter, document_table
+from megatron_bliss.data.provenance import ROW_GROUP, SCHEMA
 from megatron_bliss.data.subset import read_provenance, reference, root_digest, root_prefix, root_units, write_subset
 from megatron_bliss.files import DigestWriter, atomic_file, sync_folder
 
@@ -196,15 +198,21 @@ def _write_provenance(prefix: str, parts: Sequence[Part]) -> None:
     known = [os.path.isfile(f"{root_prefix(part.prefix)}.provenance.parquet") for part in parts]
     if not any(known):
         return
-    with ProvenanceWriter(f"{prefix}.provenance.parquet") as writer:
+    with (
+        atomic_file(f"{prefix}.provenance.parquet") as stream,
+        pq.ParquetWriter(stream, SCHEMA, compression="zstd") as out,
+    ):
         for part, is_known in zip(parts, known, strict=True):
             for block in blocks(len(part), PROVENANCE_BLOCK):
                 ids = np.arange(block.start, block.stop) if part.ids is None else part.ids[block]
-                if is_known:
-                    writer.add(read_provenance(part.prefix, ids).select(SCHEMA.names).cast(SCHEMA))
-                else:
-                    empty = [(None,) * (len(SCHEMA) - 2)] * len(ids)
-                    writer.add(document_table(os.path.basename(part.prefix), ids.tolist(), empty))
+                rows = read_provenance(part.prefix, ids) if is_known else _nameless(part, ids)
+                out.write_table(rows.select(SCHEMA.names).cast(SCHEMA), row_group_size=ROW_GROUP)
+
+
+def _nameless(part: Part, ids: np.ndarray) -> pa.Table:
+    """Rows that know no more than the corpus and the unit's number in it."""
+    columns = {"file": [os.path.basename(part.prefix)] * len(ids), "line": ids}
+    return pa.table({name: columns.get(name, pa.nulls(len(ids))) for name in SCHEMA.names})
 
 
 def _sources(prefixes: Sequence[str]) -> list[dict]:

@@ -103,6 +103,13 @@ def test_provenance_and_sources_are_merged(tmp_path):
     assert rows == read_provenance(prefixes[0]).to_pylist() + read_provenance(subset).to_pylist()
     assert [os.path.basename(entry["file"]) for entry in read_manifest(merged)["sources"]] == ["A.jsonl", "B.jsonl"]
     assert os.path.basename(merged).startswith("both-")
+    plain = random_corpus(tmp_path / "C", 3, 1, vocab_size=257)
+    for prefix in (prefixes[0], plain):  # the same tokenizer for both
+        os.unlink(f"{prefix}.manifest.json")
+        adopt_manifest(prefix, None)
+    rows = read_provenance(merge_corpora([plain, prefixes[0]], tmp_path / "out")).to_pylist()
+    assert [(row["file"], row["line"], row["url"]) for row in rows[:3]] == [("C", unit, None) for unit in range(3)]
+    assert rows[3]["domain"] == "river" and len(rows) == 9
 
 
 def test_what_cannot_be_merged(tmp_path, capsys):
