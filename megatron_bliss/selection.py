@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
 from megatron_bliss.data.indexed import blocks
 
@@ -204,25 +203,14 @@ def _deal_files(sizes: np.ndarray, num_shards: int, generator: np.random.Generat
     return owners
 
 
-def domain_shares(provenance: pa.Table, ids: np.ndarray | None = None, field: str = "domain") -> dict[str, float]:
-    """Share of units per value of a provenance column, the largest first; units without a value count as "unknown".
+def domain_shares(codes: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Share of units per domain, the largest first; domains without a unit are left out.
 
-    provenance: one row per unit (:func:`megatron_bliss.data.subset.read_provenance`); ids: rows to count (None: all).
-    An unknown column gives an empty result.
+    codes: int[n], indices into ``names`` (:func:`megatron_bliss.data.subset.provenance_codes`).
     """
-    if field not in provenance.column_names:
-        return {}
-    column = provenance.column(field)
-    column = column if ids is None else column.take(pa.array(np.asarray(ids, dtype=np.int64)))
-    column = column.combine_chunks()
-    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if not len(values) or values.null_count == len(values):
-        return {}
-    counts = {
-        ("unknown" if entry["values"] is None else str(entry["values"])): entry["counts"]
-        for entry in values.value_counts().to_pylist()
-    }
-    return {name: count / len(values) for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+    shares = np.bincount(codes, minlength=len(names)) / max(1, len(codes))
+    found = {name: float(share) for name, share in zip(names, shares, strict=True) if share}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _share(fraction: float, count: int) -> int:

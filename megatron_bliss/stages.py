@@ -6,7 +6,6 @@ The configuration is cut into sections here; the modules that do the work receiv
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.choosing import choose_units, repetition_warnings
 from megatron_bliss.data.batches import Batch, UnitDataset, ValidationSet
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
-from megatron_bliss.data.subset import provenance_codes, read_provenance, root_prefix, write_subset
+from megatron_bliss.data.subset import provenance_codes, write_subset
 from megatron_bliss.files import read_json, sha256_file, write_json
 from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel, build_score_model
@@ -33,7 +33,7 @@ from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
 from megatron_bliss.scoring import gather_scores, save_array, score_units
-from megatron_bliss.selection import domain_shares, shards
+from megatron_bliss.selection import shards
 from megatron_bliss.session import Session, derive_seed
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
@@ -64,10 +64,7 @@ def make_shards(session: Session, folder: Path) -> dict:
 
 def _shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
     """{provenance field: {value: share of units}} of a corpus; empty where it does not know its sources."""
-    if not os.path.isfile(f"{root_prefix(prefix)}.provenance.parquet"):
-        return {}
-    provenance = read_provenance(prefix)
-    shares = {field: domain_shares(provenance, field=field) for field in PROVENANCE_FIELDS}
+    shares = {field: shares_of(prefix, field) for field in PROVENANCE_FIELDS}
     return {field: share for field, share in shares.items() if share}
 
 

@@ -15,11 +15,13 @@ import numpy as np
 
 from megatron_bliss.choosing import check_selection, choose_units
 from megatron_bliss.config import SelectionConfig
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
-from megatron_bliss.data.subset import read_provenance, units_within, write_subset
+from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.files import read_json, sha256_file
-from megatron_bliss.selection import COMBINATIONS, POLICIES, domain_shares, mean_score
+from megatron_bliss.selection import COMBINATIONS, POLICIES, mean_score
+from megatron_bliss.summary import align
 
 NEEDED = {
     "top_fraction": ["fraction"],
@@ -163,15 +165,12 @@ def run(options: argparse.Namespace) -> str:
     )
 
 
-def print_shares(parent: str, subset: str) -> None:
+def print_shares(parent: str, subset: str, field: str) -> None:
     """Share of units per domain in the parent and in the subset, where the corpus knows domains."""
-    try:
-        tables = [read_provenance(prefix, columns=["domain"]) for prefix in (parent, subset)]
-    except ValueError:
-        return  # a corpus without provenance has no domains to show
-    pool, kept = (domain_shares(table) for table in tables)
-    for name, share in pool.items():
-        print(f"{name:<24}{share:>8.1%}{kept.get(name, 0.0):>8.1%}")
+    pool, kept = shares_of(parent, field), shares_of(subset, field)
+    rows = [(name, f"{share:.1%}", f"{kept.get(name, 0.0):.1%}") for name, share in pool.items()]
+    if rows:
+        print(align(f"Share of units by {field}", [field, "pool", "kept"], rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     counts = read_manifest(prefix)["counts"]
     print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
-    print_shares(options.input_prefix, prefix)
+    print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Two subsets of one corpus side by side."""
+"""What a corpus is made of, and two subsets of one corpus side by side."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.subset import FieldWithoutValues, provenance_codes, root_prefix, units_within
+from megatron_bliss.selection import domain_shares
 
 
 def compare_units(first: str | os.PathLike, second: str | os.PathLike, field: str = "domain") -> dict:
@@ -35,15 +36,17 @@ def compare_units(first: str | os.PathLike, second: str | os.PathLike, field: st
     }
 
 
-def _shares(first: str | os.PathLike, second: str | os.PathLike, field: str) -> dict[str, tuple[float, float]]:
-    if not os.path.isfile(f"{root_prefix(first)}.provenance.parquet"):
+def shares_of(prefix: str | os.PathLike, field: str = "domain") -> dict[str, float]:
+    """Share of units per value of a provenance column, the largest first; {} where the corpus does not know it."""
+    if not os.path.isfile(f"{root_prefix(prefix)}.provenance.parquet"):
         return {}
-    counts, names = [], []
-    for prefix in (first, second):
-        try:
-            codes, names = provenance_codes(prefix, field)
-        except FieldWithoutValues:
-            return {}
-        counts.append(np.bincount(codes, minlength=len(names)) / max(1, len(codes)))
-    change = np.argsort(-np.abs(counts[1] - counts[0]), kind="stable")
-    return {names[i]: (float(counts[0][i]), float(counts[1][i])) for i in change.tolist()}
+    try:
+        return domain_shares(*provenance_codes(prefix, field))
+    except FieldWithoutValues:
+        return {}
+
+
+def _shares(first: str | os.PathLike, second: str | os.PathLike, field: str) -> dict[str, tuple[float, float]]:
+    ours, theirs = shares_of(first, field), shares_of(second, field)
+    pairs = {name: (ours.get(name, 0.0), theirs.get(name, 0.0)) for name in [*ours, *theirs]}
+    return dict(sorted(pairs.items(), key=lambda item: -abs(item[1][1] - item[1][0])))

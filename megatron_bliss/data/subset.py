@@ -214,11 +214,12 @@ def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray,
         raise ValueError(
             f"{path} does not exist, so no unit's {field} is known: make the corpus with tools/preprocess_data.py"
         )
+    with open_provenance(path) as file:
+        if field not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
     numbers: dict[str | None, int] = {}
     parts = [np.zeros(0, np.int32)]
     with open_provenance(path, read_dictionary=[field]) as file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
         for group in range(file.num_row_groups):
             for chunk in file.read_row_group(group, columns=[field]).column(0).chunks:
                 known = [numbers.setdefault(value, len(numbers)) for value in chunk.dictionary.to_pylist()]

@@ -11,11 +11,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
 from megatron_bliss.data.manifest import adopt_manifest, check_same_tokenizer, corpus_digest, read_manifest
-from megatron_bliss.data.subset import read_provenance, root_prefix, root_units, write_subset
+from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.subset import provenance_codes, read_provenance, root_prefix, root_units, write_subset
 from megatron_bliss.data.verify import verify_corpus
-from tests.data.corpora import write_corpus
+from tests.data.corpora import write_corpus, write_lines
 
 
 class StubTokenizer:
@@ -180,3 +182,23 @@ def test_large_indexes_are_read_in_blocks(tmp_path, monkeypatch):
     for suffix in (".idx", ".units.npy"):
         assert Path(at_once + suffix).read_bytes() == Path(in_blocks + suffix).read_bytes()
     verify_corpus(in_blocks)
+
+
+def test_provenance_as_numbers(tmp_path):
+    domains = ["b", "a", "a", None, "b", "a"]
+    rows = [{"text": f"text {n}", **({"domain": domain} if domain else {})} for n, domain in enumerate(domains)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=str(tmp_path / "X"), tokenizer_type="bytes"))
+    for prefix, ids in (
+        (str(tmp_path / "X"), np.arange(6)),
+        (write_subset(tmp_path / "X", [2, 3, 4], tmp_path, label="some"), np.array([2, 3, 4])),
+    ):
+        codes, names = provenance_codes(prefix, "domain")
+        assert [names[code] for code in codes] == [domains[unit] or "unknown" for unit in ids]
+    assert shares_of(prefix) == {"a": 1 / 3, "b": 1 / 3, "unknown": 1 / 3} and shares_of(prefix, "format") == {}
+    with pytest.raises(ValueError, match="no column 'colour', expected one of file, line"):
+        provenance_codes(prefix, "colour")
+    write_corpus(tmp_path / "Y", [2, 2])
+    assert shares_of(tmp_path / "Y") == {}
+    with pytest.raises(ValueError, match="so no unit's domain is known"):
+        provenance_codes(tmp_path / "Y", "domain")
