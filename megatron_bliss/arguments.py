@@ -13,6 +13,7 @@ from megatron_bliss.baselines import BASELINES
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ModelConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
+from megatron_bliss.data.subset import require_field
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "evaluate")
 
@@ -136,3 +137,7 @@ def _check_data(config: Config) -> None:
         if not prefix or not Path(f"{prefix}.idx").is_file():
             raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
         check_same_tokenizer(config.data.train_prefix, prefix)
+    if config.data.shard_by == "file":
+        require_field(config.data.train_prefix, "file")
+    if config.selection.policy in ("proportional", "quotas"):
+        require_field(config.data.train_prefix, config.selection.domain_field)

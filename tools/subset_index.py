@@ -178,12 +178,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         prefix = run(options)
+        counts = read_manifest(prefix)["counts"]
+        print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+        print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     except (ValueError, OSError) as error:
         print(f"subset_index: {error}", file=sys.stderr)
         return 1
-    counts = read_manifest(prefix)["counts"]
-    print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
-    print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 
 

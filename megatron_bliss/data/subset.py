@@ -52,7 +52,7 @@ def write_subset(
     policy: how they were chosen (name, fraction, threshold, seed ...). extra: more keys for the manifest.
     compact: copy the chosen tokens, in order, to a ``.bin`` of the subset's own instead of linking to the parent's.
     The same call again finds its own result and changes nothing. Raises ValueError for ids that are repeated or none.
-    Reads the parent's index front to back in blocks; memory: the ids, and nothing that grows with the corpus.
+    Reads the parent's index front to back in blocks; memory: the ids and mapped pages of the index.
     """
     parent, parent_digest = IndexedCorpus(parent_prefix), corpus_digest(parent_prefix)
     parent_manifest = read_manifest(parent_prefix)
@@ -204,11 +204,8 @@ def read_provenance(
     return table.take(np.argsort(order, kind="stable"))
 
 
-def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray, list[str]]:
-    """A provenance column as numbers: (codes int32[units], names), "unknown" for units without a value.
-
-    Memory: 4 bytes per unit of the root corpus. Raises ValueError when no unit has a value.
-    """
+def require_field(prefix: str | os.PathLike, field: str) -> str:
+    """The provenance file of a corpus's root; ValueError when there is none or it has no such column."""
     path = f"{root_prefix(prefix)}.provenance.parquet"
     if not os.path.isfile(path):
         raise ValueError(
@@ -217,6 +214,15 @@ def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray,
     with open_provenance(path) as file:
         if field not in file.schema_arrow.names:
             raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
+    return path
+
+
+def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray, list[str]]:
+    """A provenance column as numbers: (codes int32[units], names), "unknown" for units without a value.
+
+    Memory: 4 bytes per unit of the root corpus. Raises ValueError when no unit has a value.
+    """
+    path = require_field(prefix, field)
     numbers: dict[str | None, int] = {}
     parts = [np.zeros(0, np.int32)]
     with open_provenance(path, read_dictionary=[field]) as file:
