@@ -81,10 +81,10 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 def crc32_file(path: str | os.PathLike) -> int:
     """CRC-32 of a file's content: some thirty times faster than SHA-256, and enough to notice an accident."""
-    value = 0
+    value, buffer = 0, memoryview(bytearray(HASH_BLOCK // 8))  # stays in the processor's cache
     with open(path, "rb", buffering=0) as stream:
-        while block := stream.read(HASH_BLOCK):
-            value = crc32(block, value)
+        while count := stream.readinto(buffer):
+            value = crc32(buffer[:count], value)
     return value
 
 
