@@ -61,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{options['output_prefix']}: " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
     )
-    for one in manifest.get("inputs", [])[: len(options["inputs"]) if len(options["inputs"]) > 1 else 0]:
-        print(f"  {one['units']:>9,} units {one['labelled']:>11,} labelled  {one['label']:<9}  {one['input']}")
+    if len(options["inputs"]) > 1:
+        for one in manifest["inputs"]:
+            print(f"  {one['units']:>9,} units {one['labelled']:>11,} labelled  {one['label']:<9}  {one['input']}")
     return 0
 
 

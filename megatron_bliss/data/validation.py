@@ -30,6 +30,8 @@ from megatron_bliss.data.sources import (
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.files import atomic_file
 
+LABELS = ("last-word", "answer", "all")
+
 
 class ValidationCorpus:
     """Reader of a validation set; ``len()`` units, ``manifest``, ``labels`` uint8[tokens]."""
@@ -124,9 +126,6 @@ class ValidationSettings:
     def labels(self) -> list[str]:
         """The labels given: one, or one per input."""
         return [self.label] if isinstance(self.label, str) else list(self.label)
-
-
-LABELS = ("last-word", "answer", "all")
 
 
 @dataclass
