@@ -10,8 +10,10 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_bliss.baselines import BASELINES
+from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ModelConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
+from megatron_bliss.data.subset import require_field
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
 
@@ -108,8 +110,7 @@ def _check_sizes(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"found {name} {value}, expected 1 or more")
-    if not 0 < config.selection.fraction <= 1:
-        raise ValueError(f"found selection.fraction {config.selection.fraction}, expected a share in (0, 1]")
+    check_selection(config.selection)
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:
             raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
@@ -137,3 +138,7 @@ def _check_data(config: Config) -> None:
         if not prefix or not Path(f"{prefix}.idx").is_file():
             raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
         check_same_tokenizer(config.data.train_prefix, prefix)
+    if config.data.shard_by == "file":
+        require_field(config.data.train_prefix, "file")
+    if config.selection.policy in ("proportional", "quotas"):
+        require_field(config.data.train_prefix, config.selection.domain_field)

@@ -36,8 +36,9 @@ class DataConfig:
     """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
     seq_length: int = 1024
     """Tokens per sample of the target; longer units are cut for the proxy and the score model."""
-    shard_by: Literal["random", "range"] = "random"
-    """How units are dealt to the disjoint shards of warm-up and rounds: at random (seeded) or in index order."""
+    shard_by: Literal["random", "range", "file"] = "random"
+    """How units are dealt to the disjoint shards of warm-up and rounds: at random (seeded), in index order, or by
+    source file, all units of a file together (needs the corpus's provenance)."""
     num_workers: int = 0
     """Loader processes per rank for the target's data (0: in the training process)."""
 
@@ -216,8 +217,23 @@ class ScoringConfig:
 class SelectionConfig:
     """Which units of a scored shard the target trains on."""
 
+    policy: Literal["top_fraction", "threshold", "token_budget", "gumbel", "proportional", "quotas"] = "top_fraction"
+    """top_fraction: the best units; threshold: those above a score; token_budget: the best that fit; gumbel: a random
+    draw that favours the best; proportional: the best of each domain; quotas: the best under a given mixture."""
     fraction: float = 0.2
-    """Share of units kept: those with the highest scores."""
+    """Share of units kept (all policies but threshold and token_budget)."""
+    threshold: float = 0.0
+    """threshold: lowest score kept."""
+    tokens: int = 0
+    """token_budget: most tokens kept (0, in a run: as many as the target trains on in one round)."""
+    temperature: float = 1.0
+    """gumbel: units are drawn with probability proportional to exp(score / temperature), without replacement."""
+    domain_field: str = "domain"
+    """proportional, quotas: column of the provenance that says which domain a unit is of."""
+    quotas: dict[str, float] = field(default_factory=dict)
+    """quotas: share of the selection per domain; the best units of all domains not named fill what is left."""
+    epoch_warning: float = 4.0
+    """Warn when the target will see the tokens of a selection more often than this in one round."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for every platform; Python's own gives the same value, ten times slower
+    from zlib import crc32
+
 HASH_BLOCK = 1 << 22
 
 
@@ -72,6 +77,34 @@ def sha256_file(path: str | os.PathLike) -> str:
         while block := stream.read(HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def crc32_file(path: str | os.PathLike) -> int:
+    """CRC-32 of a file's content: some thirty times faster than SHA-256, and enough to notice an accident."""
+    value, buffer = 0, memoryview(bytearray(HASH_BLOCK // 8))  # stays in the processor's cache
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            value = crc32(buffer[:count], value)
+    return value
+
+
+class DigestWriter:
+    """Hashes what goes through it to a stream, so that a large file need not be read again for its digests."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._sha256, self.crc32 = stream, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        """Write bytes or a contiguous array."""
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else b""
+        self._sha256.update(view)
+        self.crc32 = crc32(view, self.crc32)
+        return self._stream.write(view)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all that was written, in hexadecimal."""
+        return self._sha256.hexdigest()
 
 
 def sha256_text(*parts: str) -> str:

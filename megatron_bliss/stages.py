@@ -5,7 +5,7 @@ The configuration is cut into sections here; the modules that do the work receiv
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,10 +19,12 @@ from megatron_bliss.bilevel.loop import run_steps
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
+from megatron_bliss.choosing import choose_units, repetition_warnings
 from megatron_bliss.data.batches import Batch, UnitDataset, ValidationSet
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
-from megatron_bliss.data.subset import read_provenance, root_prefix, write_subset
+from megatron_bliss.data.subset import provenance_codes, write_subset
 from megatron_bliss.decay_branch import STAGE as DECAY_BRANCH
 from megatron_bliss.decay_branch import train_decay_branch
 from megatron_bliss.files import read_json, sha256_file, write_json
@@ -33,7 +35,7 @@ from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
 from megatron_bliss.scoring import gather_scores, save_array, score_units
-from megatron_bliss.selection import domain_shares, shards, top_fraction
+from megatron_bliss.selection import shards
 from megatron_bliss.session import Session, derive_seed
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
@@ -53,7 +55,8 @@ def make_shards(session: Session, folder: Path) -> dict:
             prefix, count = config.data.train_prefix, config.rounds + 1
             num_units = read_manifest(prefix)["counts"]["units"]
             seed = derive_seed(config.seed, "shards")
-            parts = shards(num_units, count, by=config.data.shard_by, seed=seed)
+            files = provenance_codes(prefix, "file")[0] if config.data.shard_by == "file" else None
+            parts = shards(num_units, count, by=config.data.shard_by, seed=seed, files=files)
             for number, ids in enumerate(parts):
                 policy = {"name": "shard", "number": number, "of": count, "by": config.data.shard_by, "seed": seed}
                 prefixes.append(write_subset(prefix, ids, folder, label=f"shard{number}", policy=policy))
@@ -63,10 +66,7 @@ def make_shards(session: Session, folder: Path) -> dict:
 
 def _shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
     """{provenance field: {value: share of units}} of a corpus; empty where it does not know its sources."""
-    if not os.path.isfile(f"{root_prefix(prefix)}.provenance.parquet"):
-        return {}
-    provenance = read_provenance(prefix)
-    shares = {field: domain_shares(provenance, field=field) for field in PROVENANCE_FIELDS}
+    shares = {field: shares_of(prefix, field) for field in PROVENANCE_FIELDS}
     return {field: share for field, share in shares.items() if share}
 
 
@@ -178,8 +178,9 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
 
 
 def select_units(session: Session, folder: Path, arm: str, round_number: int) -> dict:
-    """Rewrite the shard's index to the units with the highest scores; keep samples of both ends for the report."""
+    """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     config, prefix, selected = session.config, shard_prefix(session, round_number), ""
+    round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
     score_folder = session.folder.stage_folder(arm, round_number, "score")
     session.folder.require(score_folder, "select")
     with failing_together(session.groups):
@@ -188,16 +189,24 @@ def select_units(session: Session, folder: Path, arm: str, round_number: int) ->
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = derive_seed(config.seed, "select", arm, round_number)
-            ids = top_fraction(scores, fraction=config.selection.fraction, seed=seed)
-            policy = {"name": "top_fraction", "fraction": config.selection.fraction, "seed": seed}
-            policy["threshold"] = float(scores[ids].min())
-            label = f"top{config.selection.fraction * 100:g}".replace(".", "p")
+            selection = dataclasses.replace(config.selection, tokens=config.selection.tokens or round_tokens)
+            ids, policy, label = choose_units(prefix, scores, selection, seed=seed)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
-    units = read_manifest(selected)["counts"]["units"]
-    return {"prefix": Path(selected).name, "units": units, "domains": _shares_by_field(selected), "flops": 0.0}
+    counts = read_manifest(selected)["counts"]
+    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection.epoch_warning)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return {
+        "prefix": Path(selected).name,
+        "units": counts["units"],
+        "tokens": counts["tokens"],
+        "domains": _shares_by_field(selected),
+        "warnings": warnings,
+        "flops": 0.0,
+    }
 
 
 # -- target -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -83,6 +85,17 @@ def test_impossible_combinations_say_what_to_change(change: str, message: str, o
     name = change.split("=")[0]
     with pytest.raises(ValueError, match=message):
         parse_arguments([*[o for o in options if o.split("=")[0] != name], change])
+
+
+def test_selection_by_domain_and_shards_by_file_need_a_provenance(options: list[str], prefix: str) -> None:
+    changes = (["--data.shard_by=file"], ["--selection.policy=proportional"])
+    for change in changes:
+        with pytest.raises(ValueError, match="provenance.parquet does not exist"):
+            parse_arguments([*options, *change])
+    pq.write_table(pa.table({"file": ["a.jsonl"], "topic": ["prose"]}), f"{prefix}.provenance.parquet")
+    with pytest.raises(ValueError, match="no column 'domain', expected one of file, topic"):
+        parse_arguments([*options, *changes[1]])
+    parse_arguments([*options, *changes[0], *changes[1], "--selection.domain_field=topic"])
 
 
 def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Look at a corpus, a subset or a validation set: show what it is, sample units with their source, verify the files.
+"""Look at a corpus, a subset or a validation set.
 
-inspect_index.py show X | sample X --count 5 | verify X | adopt X (describe a corpus made by other software).
+inspect_index.py show X | sample X --count 5 | verify X | diff X Y | adopt X (describe a corpus made by other software).
 """
 
 from __future__ import annotations
@@ -9,73 +9,84 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_bliss.data.compare import compare_units
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.manifest import adopt_manifest, check_ids, corpus_digest, manifest_path, read_manifest
-from megatron_bliss.data.subset import read_provenance, root_prefix, root_units
+from megatron_bliss.data.manifest import adopt_manifest, manifest_path, read_manifest
+from megatron_bliss.data.subset import read_provenance, root_prefix
 from megatron_bliss.data.tokenizers import KINDS, Tokenizer, load_recorded_tokenizer, load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus
-from megatron_bliss.files import sha256_file
+from megatron_bliss.data.verify import is_contiguous, verify_corpus
+from megatron_bliss.summary import align
+
+QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 
 
-def show(options: argparse.Namespace) -> None:
+def show(options: argparse.Namespace) -> dict:
     """Header, lengths and manifest."""
     corpus = IndexedCorpus(options.prefix)
-    lengths = np.sort(corpus.lengths)
-    quantiles = (
-        [int(lengths[int(share * (len(lengths) - 1))]) for share in (0, 0.25, 0.5, 0.75, 1)] if len(lengths) else []
-    )
-    follows = corpus.pointers[:-1] + corpus.lengths[:-1].astype(np.int64) * corpus.dtype.itemsize == corpus.pointers[1:]
-    print(f"units       {len(corpus):,}\ntokens      {corpus.num_tokens:,}\ndtype       {corpus.dtype.name}")
-    print(f"documents   {len(corpus.document_indices) - 1:,}")
-    print(f"lengths     {quantiles} (least, quartiles, most)\ncontiguous  {'yes' if follows.all() else 'no'}")
-    if os.path.islink(corpus.bin_path):
-        print(f".bin        link to {os.readlink(corpus.bin_path)}")
-    if os.path.exists(manifest_path(options.prefix)):
-        print(json.dumps(read_manifest(options.prefix), indent=2, ensure_ascii=False))
-    else:
-        print("no manifest")
+    found = {
+        "units": len(corpus),
+        "tokens": corpus.num_tokens,
+        "documents": len(corpus.document_indices) - 1,
+        "dtype": corpus.dtype.name,
+        "lengths": np.quantile(corpus.lengths, QUANTILES, method="lower").tolist() if len(corpus) else [],
+        "contiguous": is_contiguous(corpus),
+        "bin_bytes": corpus.bin_bytes,
+        "link_to": os.readlink(corpus.bin_path) if os.path.islink(corpus.bin_path) else None,
+        "manifest": read_manifest(options.prefix) if os.path.exists(manifest_path(options.prefix)) else None,
+    }
+    if not options.json:
+        print_fields(_shown(found))
+    return found
 
 
-def sample(options: argparse.Namespace) -> None:
+def sample(options: argparse.Namespace) -> dict:
     """Some units as text, with where they come from."""
     corpus, tokenizer = IndexedCorpus(options.prefix), _tokenizer(options)
     generator = np.random.default_rng(options.seed)
     ids = np.sort(generator.choice(len(corpus), min(options.count, len(corpus)), replace=False))
     sources = _sources(options.prefix, ids)
     labels = ValidationCorpus(options.prefix) if _kind(options.prefix) == "validation" else None
-    for row, unit in enumerate(ids):
-        print(f"--- unit {unit}, {corpus.lengths[unit]} tokens {sources[row]}")
-        print(tokenizer.decode(corpus[unit][: options.max_tokens]))
+    found = []
+    for row, unit in enumerate(ids.tolist()):
+        entry = {"unit": unit, "tokens": int(corpus.lengths[unit]), "source": sources[row]}
+        entry["text"] = tokenizer.decode(corpus[unit][: options.max_tokens])
         if labels is not None:
-            tokens, mask, _ = labels.gather(ids[row : row + 1], int(corpus.lengths[unit]))
-            print(f"[label: {tokenizer.decode(tokens[mask][: options.max_tokens])!r}]")
+            tokens, mask, _ = labels.gather(ids[row : row + 1], entry["tokens"])
+            entry["label"] = tokenizer.decode(tokens[mask][: options.max_tokens])
+        found.append(entry)
+    if not options.json:
+        print_samples(found)
+    return {"samples": found}
 
 
-def verify(options: argparse.Namespace) -> None:
-    """Structure, digests, and a subset's root; ValueError at the first thing that is wrong."""
-    prefix = options.prefix
-    corpus, manifest = IndexedCorpus(prefix), read_manifest(prefix)
-    corpus_digest(prefix)
-    if manifest["counts"]["units"] != len(corpus) or manifest["counts"]["tokens"] != corpus.num_tokens:
-        raise ValueError(
-            f"{prefix}.idx has {len(corpus)} units, {corpus.num_tokens} tokens; its manifest {manifest['counts']}"
-        )
-    found = sha256_file(corpus.bin_path)
-    if found != manifest["bin_sha256"]:
-        raise ValueError(f"{prefix}.bin has digest {found[:12]}, expected {manifest['bin_sha256'][:12]}: make it again")
-    if manifest.get("tokenizer"):
-        check_ids(corpus, manifest["tokenizer"]["vocab_size"])
-    if manifest["kind"] == "subset":
-        _verify_subset(corpus, prefix)
-    if manifest["kind"] == "validation":
-        ValidationCorpus(prefix)
-    print(f"{prefix}: {len(corpus):,} units, {corpus.num_tokens:,} tokens, as its manifest says")
+def verify(options: argparse.Namespace) -> dict:
+    """Every file against every other; ValueError at the first thing that is wrong."""
+    found = verify_corpus(options.prefix, caches=options.cache)
+    if not options.json:
+        print(f"{options.prefix}: {found['units']:,} units, {found['tokens']:,} tokens, as its manifest says")
+        print_fields({name: value for name, value in found.items() if name not in ("units", "tokens")})
+    return found
 
 
-def adopt(options: argparse.Namespace) -> None:
+def diff(options: argparse.Namespace) -> dict:
+    """Two subsets of one corpus: what they share, and how the domains differ."""
+    if not options.other:
+        raise ValueError("diff compares two corpora, expected two prefixes: diff X Y")
+    found = compare_units(options.prefix, options.other, options.field)
+    if not options.json:
+        print_fields({name: value for name, value in found.items() if name != "shares"})
+        rows = [(name, f"{a:.1%}", f"{b:.1%}", f"{b - a:+.1%}") for name, (a, b) in found["shares"].items()]
+        if rows:
+            print("\n" + align(f"Share of units by {options.field}", [options.field, "first", "second", "shift"], rows))
+    return found
+
+
+def adopt(options: argparse.Namespace) -> dict:
     """Write a manifest for a corpus made by other software."""
     tokenizer = None
     if options.tokenizer_type:
@@ -83,15 +94,53 @@ def adopt(options: argparse.Namespace) -> None:
             options.tokenizer_type, options.tokenizer_model, eod_token=options.eod_token
         ).identity()
     manifest = adopt_manifest(options.prefix, tokenizer)
-    print(f"{manifest_path(options.prefix)}: {manifest['counts']['units']:,} units, digest {manifest['digest'][:12]}")
+    if not options.json:
+        units, digest = manifest["counts"]["units"], manifest["digest"][:12]
+        print(f"{manifest_path(options.prefix)}: {units:,} units, digest {digest}")
+    return manifest
 
 
-def _verify_subset(corpus: IndexedCorpus, prefix: str) -> None:
-    root, units = IndexedCorpus(root_prefix(prefix)), root_units(prefix)
-    if not os.path.samefile(root.bin_path, corpus.bin_path):
-        raise ValueError(f"{corpus.bin_path} is not {root.bin_path}, which it should link to: make the subset again")
-    if (root.pointers[units] != corpus.pointers).any() or (root.lengths[units] != corpus.lengths).any():
-        raise ValueError(f"{prefix}.units.npy does not fit {prefix}.idx: make the subset again")
+def print_fields(fields: Mapping[str, object]) -> None:
+    """One aligned line per field; numbers with thousands separated, None left out."""
+    width = max(map(len, fields)) + 2
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        if value is not None:
+            print(f"{name.replace('_', ' '):<{width}}{value}")
+
+
+def print_samples(samples: list[dict]) -> None:
+    """Units as text, each under a line with its number and source."""
+    for entry in samples:
+        source = "  ".join(f"{name}={value}" for name, value in entry["source"].items() if value is not None)
+        print(f"--- unit {entry['unit']:,}, {entry['tokens']:,} tokens  {source}".rstrip())
+        print(entry["text"])
+        if "label" in entry:
+            print(f"[label: {entry['label']!r}]")
+
+
+def _shown(found: dict) -> dict:
+    """What ``show`` prints: the header, then the manifest's plain keys, then what its nested ones come to."""
+    manifest = found["manifest"]
+    lengths = " / ".join(f"{length:,}" for length in found["lengths"])
+    fields = {**{name: value for name, value in found.items() if name != "manifest"}}
+    fields |= {"lengths": f"{lengths}  (least, quartiles, most)" if lengths else "none"}
+    if manifest is None:
+        return fields | {"manifest": "none: describe the corpus with adopt"}
+    for name, value in manifest.items():
+        if name in fields or name in ("counts", "sources", "parents", "format_version", "index_crc32"):
+            continue
+        fields[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+    for name in ("sources", "parents"):
+        if name in manifest:
+            fields[name] = f"{len(manifest[name])} (--json lists them)"
+    others = {name: value for name, value in manifest["counts"].items() if name not in ("units", "tokens")}
+    return fields | others
 
 
 def _kind(prefix: str) -> str | None:
@@ -104,14 +153,13 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     return load_recorded_tokenizer(read_manifest(options.prefix).get("tokenizer"), options.tokenizer_model)
 
 
-def _sources(prefix: str, ids: np.ndarray) -> list[str]:
+def _sources(prefix: str, ids: np.ndarray) -> list[dict]:
     if _kind(prefix) not in ("corpus", "subset") or not os.path.exists(f"{root_prefix(prefix)}.provenance.parquet"):
-        return [""] * len(ids)
-    rows = read_provenance(prefix, ids).to_pylist()
-    return [json.dumps({name: value for name, value in row.items() if value is not None}) for row in rows]
+        return [{}] * len(ids)
+    return read_provenance(prefix, ids).to_pylist()
 
 
-COMMANDS = {"show": show, "sample": sample, "verify": verify, "adopt": adopt}
+COMMANDS = {"show": show, "sample": sample, "verify": verify, "diff": diff, "adopt": adopt}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,6 +168,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=list(COMMANDS), help="what to do")
     add("prefix", help="path without .bin/.idx")
+    add("other", nargs="?", help="diff: the second prefix")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--cache", nargs="+", default=[], help="verify: folders in which megatron-core keeps dataset caches")
+    add("--field", default="domain", help="diff: column of the provenance whose shares are compared")
     add("--count", type=int, default=5, help="sample: number of units")
     add("--max-tokens", type=int, default=200, help="sample: tokens shown of each unit")
     add("--seed", type=int, default=0, help="sample: which units")
@@ -133,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     try:
-        COMMANDS[options.command](options)
+        found = COMMANDS[options.command](options)
+        if options.json:
+            print(json.dumps(found, ensure_ascii=False, indent=2))
     except (ValueError, OSError) as error:
         print(f"inspect_index: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Write a subset of a corpus from scores: a new index over the same tokens, for stock Megatron-LM and for this package.
 
-scores.npy holds one number per unit; scores.json beside it says which corpus they belong to.
+scores.npy holds one number per unit; scores.json beside it says which corpus they belong to. Several score files can be
+combined, and units of an exclude list or of another subset be kept out.
 """
 
 from __future__ import annotations
@@ -8,14 +9,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss.choosing import check_selection, choose_units
+from megatron_bliss.config import SelectionConfig
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.manifest import corpus_digest, read_manifest
-from megatron_bliss.data.subset import read_provenance, write_subset
+from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
+from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.files import read_json, sha256_file
-from megatron_bliss.selection import POLICIES, domain_shares
+from megatron_bliss.selection import COMBINATIONS, POLICIES, mean_score
+from megatron_bliss.summary import align
+
+NEEDED = {
+    "top_fraction": ["fraction"],
+    "threshold": ["threshold"],
+    "token_budget": ["tokens"],
+    "gumbel": ["fraction"],
+    "proportional": ["fraction"],
+    "quotas": ["fraction", "quotas"],
+}
+"""Policy -> options that it has no good default for."""
+SETTINGS = ("fraction", "threshold", "tokens", "temperature", "domain_field", "quotas")
 
 
 def read_scores(path: str, prefix: str) -> np.ndarray:
@@ -37,53 +54,123 @@ def read_scores(path: str, prefix: str) -> np.ndarray:
     return scores
 
 
+def read_excluded(item: str, prefix: str) -> np.ndarray:
+    """Unit numbers of ``prefix`` in a .npy or text file (one number a line), or those that another subset holds."""
+    if os.path.exists(manifest_path(item)):
+        return units_within(item, prefix)
+    try:
+        if item.endswith(".npy"):
+            ids = np.load(item, allow_pickle=False)
+        else:
+            ids = np.array([int(word) for word in Path(item).read_text(encoding="utf-8").split()], dtype=np.int64)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{item} is no list of unit numbers ({error}): change --exclude") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{item} holds {ids.dtype}{list(ids.shape)}, expected a list of unit numbers: change --exclude"
+        )
+    return ids
+
+
+def parse_quotas(entries: list[str] | None) -> dict[str, float] | None:
+    """{domain: share} of NAME=SHARE entries."""
+    if entries is None:
+        return None
+    try:
+        return {name: float(share) for name, share in (entry.rsplit("=", 1) for entry in entries)}
+    except ValueError as error:
+        raise ValueError(f"quotas {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --quotas") from error
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--input-prefix", required=True, help="corpus or subset that was scored")
-    add("--scores", required=True, help="scores.npy, with scores.json beside it")
+    add("--scores", required=True, nargs="+", help="scores.npy, with scores.json beside it; several are combined")
     add("--output-folder", required=True, help="folder for the subset; its name is made from its content")
     add("--policy", choices=list(POLICIES), default="top_fraction", help="which units are kept")
-    add("--fraction", type=float, help="top_fraction: share of units kept")
+    add("--fraction", type=float, help="all policies but threshold and token_budget: share of units kept")
     add("--threshold", type=float, help="threshold: lowest score kept")
-    add("--seed", type=int, default=0, help="draws among units of equal score")
+    add("--tokens", type=int, help="token_budget: most tokens kept")
+    add("--temperature", type=float, help="gumbel: units are drawn with probability ~ exp(score / this); default 1")
+    add("--domain-field", help="proportional, quotas: column of the provenance; default domain")
+    add("--quotas", nargs="+", metavar="NAME=SHARE", help="quotas: share of the selection per domain")
+    add(
+        "--combine",
+        choices=[*COMBINATIONS, "mean"],
+        help="several score files: union or intersection of what each selects, or select by their weighted mean",
+    )
+    add("--weights", type=float, nargs="+", help="mean: one weight per score file (each is standardised first)")
+    add("--exclude", nargs="+", default=[], help="files of unit numbers (.npy or text), or prefixes of other subsets")
+    add("--compact", action="store_true", help="write the chosen tokens to a .bin of their own, in order")
+    add("--seed", type=int, default=0, help="draws among units of equal score, and for gumbel")
     return parser.parse_args(arguments)
 
 
-def policy_settings(options: argparse.Namespace) -> tuple[dict, str]:
-    """Arguments of the policy, and a label for the name."""
-    needed = {"top_fraction": "fraction", "threshold": "threshold"}[options.policy]
-    value = getattr(options, needed)
-    if value is None:
-        raise ValueError(f"policy {options.policy} needs --{needed}")
-    if options.policy == "top_fraction":
-        return {"fraction": value, "seed": options.seed}, f"top{value * 100:g}"
-    return {"threshold": value}, f"min{value:g}"
+def selection_settings(options: argparse.Namespace) -> SelectionConfig:
+    """The policy's section, from the command line."""
+    missing = [name for name in NEEDED[options.policy] if getattr(options, name) is None]
+    if missing:
+        raise ValueError(f"policy {options.policy} needs --{missing[0].replace('_', '-')}")
+    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    given["quotas"] = parse_quotas(options.quotas) or {}
+    settings = SelectionConfig(policy=options.policy, **given)
+    check_selection(settings)
+    if len(options.scores) > 1 and not options.combine:
+        raise ValueError(f"{len(options.scores)} score files, expected --combine {', '.join([*COMBINATIONS, 'mean'])}")
+    if options.weights and options.combine != "mean":
+        raise ValueError("--weights without --combine mean, expected both or none")
+    return settings
+
+
+def choose(options: argparse.Namespace, settings: SelectionConfig) -> tuple[np.ndarray, dict, str]:
+    """The units that all score files together select, the policy for the manifest, and the label."""
+    prefix = options.input_prefix
+    excluded = [read_excluded(item, prefix) for item in options.exclude]
+    excluded = np.unique(np.concatenate(excluded)) if excluded else None
+    scores = [read_scores(path, prefix) for path in options.scores]
+    if options.combine == "mean":
+        scores = [mean_score(scores, options.weights)]
+    chosen = [choose_units(prefix, one, settings, seed=options.seed, excluded=excluded) for one in scores]
+    ids, policy, label = chosen[0]
+    if options.combine in COMBINATIONS:
+        ids = COMBINATIONS[options.combine]([ids for ids, _, _ in chosen], len(scores[0]))
+    if options.combine:
+        policy, label = (
+            {"combine": options.combine, "parts": [policy for _, policy, _ in chosen]},
+            f"{options.combine}-{label}",
+        )
+        policy |= {"weights": options.weights} if options.weights else {}
+    if excluded is not None:
+        policy |= {"excluded": len(excluded)}
+    return ids, policy, label
 
 
 def run(options: argparse.Namespace) -> str:
     """Make the subset; returns its prefix."""
-    scores = read_scores(options.scores, options.input_prefix)
-    settings, label = policy_settings(options)
-    ids = POLICIES[options.policy](scores, **settings)
-    policy = {"name": options.policy, **settings}
+    ids, policy, label = choose(options, selection_settings(options))
     extra = {
-        "lowest_score_kept": float(scores[ids].min()) if len(ids) else None,
-        "scores_sha256": sha256_file(options.scores),
+        "scores": [{"file": os.path.basename(path), "sha256": sha256_file(path)} for path in options.scores],
+        "excluded": options.exclude,
     }
-    return write_subset(options.input_prefix, ids, options.output_folder, label=label, policy=policy, extra=extra)
+    return write_subset(
+        options.input_prefix,
+        ids,
+        options.output_folder,
+        label=label,
+        policy=policy,
+        extra=extra,
+        compact=options.compact,
+    )
 
 
-def print_shares(parent: str, subset: str) -> None:
+def print_shares(parent: str, subset: str, field: str) -> None:
     """Share of units per domain in the parent and in the subset, where the corpus knows domains."""
-    try:
-        tables = [read_provenance(prefix, columns=["domain"]) for prefix in (parent, subset)]
-    except ValueError:
-        return  # a corpus without provenance has no domains to show
-    pool, kept = (domain_shares(table) for table in tables)
-    for name, share in pool.items():
-        print(f"{name:<24}{share:>8.1%}{kept.get(name, 0.0):>8.1%}")
+    pool, kept = shares_of(parent, field), shares_of(subset, field)
+    rows = [(name, f"{share:.1%}", f"{kept.get(name, 0.0):.1%}") for name, share in pool.items()]
+    if rows:
+        print(align(f"Share of units by {field}", [field, "pool", "kept"], rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,12 +178,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         prefix = run(options)
+        counts = read_manifest(prefix)["counts"]
+        print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+        print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     except (ValueError, OSError) as error:
         print(f"subset_index: {error}", file=sys.stderr)
         return 1
-    counts = read_manifest(prefix)["counts"]
-    print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
-    print_shares(options.input_prefix, prefix)
     return 0
 
 

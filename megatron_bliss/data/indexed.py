@@ -12,20 +12,20 @@ import fcntl
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from megatron_bliss.files import publish
+from megatron_bliss.files import DigestWriter, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 UINT16_LIMIT = 65500  # megatron-core's own limit in DType.optimal_dtype
-BLOCK = 1 << 20  # units handled at once where temporaries are made
+BLOCK = 1 << 16  # units handled at once where temporaries are made: they stay in the processor's cache
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -53,6 +53,11 @@ class IndexedCorpus:
         self.prefix = str(prefix)
         self.index_path, self.bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         for path in (self.index_path, self.bin_path):
+            if os.path.islink(path) and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{path} is a link to {os.readlink(path)}, which is not there; put the corpus back where it was, "
+                    "relative to the subset, or make the subset again"
+                )
             if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f"{path} does not exist; give the prefix of a .bin/.idx pair, without the suffix"
@@ -98,16 +103,21 @@ class IndexedCorpus:
     def _check_arrays(self) -> None:
         itemsize = self.dtype.itemsize
         for part in blocks(len(self)):
-            lengths, pointers = self.lengths[part].astype(np.int64), self.pointers[part].astype(np.int64)
+            lengths, pointers = (
+                self.lengths[part].copy(),
+                self.pointers[part].copy(),
+            )  # aligned, so several times faster
             if lengths.min() < 0:
                 unit = part.start + int(lengths.argmin())
                 raise self._damaged(f"sequence {unit} has length {lengths.min()}, expected 0 or more")
-            if pointers.min() < 0 or (pointers % itemsize).any():
+            if pointers.min() < 0 or int(np.bitwise_or.reduce(pointers)) % itemsize:
                 unit = part.start + int(np.argmax((pointers < 0) | (pointers % itemsize != 0)))
                 raise self._damaged(
                     f"sequence {unit} starts at byte {self.pointers[unit]}, expected 0, {itemsize}, ..."
                 )
-            room = (self.bin_bytes - pointers) // itemsize - lengths
+            room = self.bin_bytes - pointers
+            if room.min() >= 0:  # only then can the lengths be subtracted without overflow
+                room -= lengths * np.int64(itemsize)
             if room.min() < 0:
                 unit = part.start + int(room.argmin())
                 raise ValueError(
@@ -119,7 +129,8 @@ class IndexedCorpus:
         if documents[0] != 0 or documents[-1] != len(self):
             raise self._damaged(f"documents from {documents[0]} to {documents[-1]}, expected 0 to {len(self)}")
         for part in blocks(len(documents) - 1):
-            if (documents[part.start + 1 : part.stop + 1] < documents[part]).any():
+            bounds = documents[part.start : part.stop + 1].copy()
+            if (bounds[1:] < bounds[:-1]).any():
                 raise self._damaged("document indices that decrease")
 
     def _damaged(self, found: str) -> ValueError:
@@ -176,27 +187,69 @@ class IndexedCorpus:
         return tokens, lengths
 
 
+def chosen(array: np.ndarray, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """``array[ids]`` in blocks, for increasing ids: reads the array once, front to back, with constant memory.
+
+    The array may be an unaligned view of a mapped index, from which numpy would gather many times slower.
+    """
+    starts = np.arange(0, len(array), BLOCK)
+    bounds = [*np.searchsorted(ids, starts).tolist(), len(ids)]
+    for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
+        if first < last:
+            yield array[start : start + BLOCK].copy().take(ids[first:last] - start)
+
+
+def in_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in blocks."""
+    return (array[part] for part in blocks(len(array)))
+
+
 def write_index(stream: IO[bytes], dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray | None = None) -> None:
     """Write an index whose every sequence is a document of its own.
 
     lengths int32[S] in tokens; pointers int64[S] in bytes (None: sequences follow each other in ``.bin``).
     """
+    followed = contiguous_pointers(in_blocks(lengths), dtype.itemsize) if pointers is None else in_blocks(pointers)
+    write_index_blocks(stream, dtype, len(lengths), in_blocks(lengths), followed)
+
+
+def write_index_blocks(
+    stream: IO[bytes],
+    dtype: np.dtype,
+    count: int,
+    lengths: Iterable[np.ndarray],
+    pointers: Iterable[np.ndarray],
+    documents: tuple[int, Iterable[np.ndarray]] | None = None,
+) -> None:
+    """Write an index of ``count`` sequences from blocks of its arrays, one array after the other.
+
+    documents: (D, blocks of the int64[D] document indices); None: every sequence is a document of its own.
+    """
     code = next(code for code, known in TOKEN_DTYPES.items() if np.dtype(known) == dtype.newbyteorder("="))
-    count = len(lengths)
-    stream.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
-    for part in blocks(count):
-        stream.write(np.ascontiguousarray(lengths[part], dtype="<i4"))
+    if documents is None:
+        ends = (np.arange(part.start, part.stop, dtype="<i8") for part in blocks(count + 1))
+        documents = (count + 1, ends)
+    stream.write(HEADER.pack(MAGIC, VERSION, code, count, documents[0]))
+    for expected, stored, parts in (
+        (count, "<i4", lengths),
+        (count, "<i8", pointers),
+        (documents[0], "<i8", documents[1]),
+    ):
+        written = 0
+        for part in parts:
+            stream.write(np.ascontiguousarray(part, dtype=stored))
+            written += len(part)
+        assert written == expected, f"{written} entries of an index of {expected}"
+
+
+def contiguous_pointers(lengths: Iterable[np.ndarray], itemsize: int) -> Iterator[np.ndarray]:
+    """Pointers int64 in bytes, in blocks, of sequences that follow each other from byte 0 on."""
     position = 0
-    for part in blocks(count):
-        if pointers is None:
-            ends = position + np.cumsum(lengths[part], dtype=np.int64) * dtype.itemsize
-            values = ends - np.asarray(lengths[part], dtype=np.int64) * dtype.itemsize
-            position = int(ends[-1])
-        else:
-            values = pointers[part]
-        stream.write(np.ascontiguousarray(values, dtype="<i8"))
-    for part in blocks(count + 1):
-        stream.write(np.arange(part.start, part.stop, dtype="<i8"))
+    for part in lengths:
+        sizes = np.asarray(part, dtype=np.int64) * itemsize
+        ends = position + np.cumsum(sizes)
+        yield ends - sizes
+        position = int(ends[-1]) if len(ends) else position
 
 
 class CorpusWriter:
@@ -210,6 +263,7 @@ class CorpusWriter:
         self.prefix, self.vocab_size, self.dtype = str(prefix), vocab_size, token_dtype(vocab_size)
         self.num_tokens = self.bin_bytes = 0
         self.bin_sha256 = self.index_sha256 = ""
+        self.index_crc32 = 0
         self._lengths: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -252,6 +306,7 @@ class CorpusWriter:
             "dtype": self.dtype.name,
             "counts": {"units": self.num_units, "tokens": self.num_tokens, **(counts or {})},
             "index_sha256": self.index_sha256,
+            "index_crc32": self.index_crc32,
             "bin_bytes": self.bin_bytes,
             "bin_sha256": self.bin_sha256,
         }
@@ -273,12 +328,12 @@ class CorpusWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         lengths = np.concatenate([*self._lengths, np.zeros(0, np.int32)])
-        with open(f"{self.prefix}.idx.tmp", "w+b") as index:
-            write_index(index, self.dtype, lengths)
+        with open(f"{self.prefix}.idx.tmp", "wb") as index:
+            digests = DigestWriter(index)
+            write_index(digests, self.dtype, lengths)
             index.flush()
             os.fsync(index.fileno())
-            index.seek(0)
-            self.index_sha256 = hashlib.file_digest(index, "sha256").hexdigest()
+        self.index_sha256, self.index_crc32 = digests.sha256, digests.crc32
         self.bin_sha256, self.bin_bytes = self._digest.hexdigest(), self.num_tokens * self.dtype.itemsize
         publish(f"{self.prefix}.bin.tmp", f"{self.prefix}.bin")
         publish(f"{self.prefix}.idx.tmp", f"{self.prefix}.idx")

@@ -18,9 +18,16 @@ def best_and_worst(prefix: str, scores: np.ndarray, count: int = 12) -> dict[str
     Returns ``{"best": [{"text", "score", ...provenance}], "worst": [...]}``; texts are None where the tokenizer file
     that the manifest names is no longer there.
     """
-    count = min(count, len(scores))
-    order = np.argsort(scores, kind="stable")
-    return {"best": _describe(prefix, order[::-1][:count], scores), "worst": _describe(prefix, order[:count], scores)}
+    best, worst = extremes(scores, min(count, len(scores)))
+    return {"best": _describe(prefix, best, scores), "worst": _describe(prefix, worst, scores)}
+
+
+def extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``count`` highest scores' units, highest first, and the lowest ones', lowest first; no sort of all scores."""
+    bounds = np.partition(scores, [count - 1, len(scores) - count])
+    low, high = np.flatnonzero(scores <= bounds[count - 1]), np.flatnonzero(scores >= bounds[len(scores) - count])
+    best = high[np.argsort(scores[high], kind="stable")][::-1]
+    return best[:count], low[np.argsort(scores[low], kind="stable")][:count]
 
 
 def _describe(prefix: str, ids: np.ndarray, scores: np.ndarray) -> list[dict]:

@@ -9,18 +9,31 @@ wrong tokens.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_bliss.data.indexed import IndexedCorpus, write_index
+from megatron_bliss.data.copying import UnitCopier
+from megatron_bliss.data.indexed import (
+    IndexedCorpus,
+    blocks,
+    chosen,
+    contiguous_pointers,
+    in_blocks,
+    write_index_blocks,
+)
 from megatron_bliss.data.manifest import content_digest, corpus_digest, manifest_path, read_manifest, write_manifest
-from megatron_bliss.files import atomic_file, sha256_file, sha256_text, sync_folder
+from megatron_bliss.files import DigestWriter, atomic_file, sha256_text, sync_folder
+
+
+class FieldWithoutValues(ValueError):
+    """No unit has a value in this column of the provenance."""
 
 
 def write_subset(
@@ -31,49 +44,78 @@ def write_subset(
     label: str,
     policy: dict | None = None,
     extra: dict | None = None,
+    compact: bool = False,
 ) -> str:
     """Write units ``ids`` of a corpus or subset as a new index in ``folder``; returns its prefix.
 
     ids: int[n], unit numbers of the parent, in any order, each once. label: a short word for the name (``top20``).
     policy: how they were chosen (name, fraction, threshold, seed ...). extra: more keys for the manifest.
+    compact: copy the chosen tokens, in order, to a ``.bin`` of the subset's own instead of linking to the parent's.
     The same call again finds its own result and changes nothing. Raises ValueError for ids that are repeated or none.
+    Reads the parent's index front to back in blocks; memory: the ids and mapped pages of the index.
     """
     parent, parent_digest = IndexedCorpus(parent_prefix), corpus_digest(parent_prefix)
-    ids = _sorted_ids(ids, len(parent), parent.prefix)
+    parent_manifest = read_manifest(parent_prefix)
+    ids = _increasing_ids(ids, len(parent), parent.prefix)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lengths, pointers = parent.lengths[ids], parent.pointers[ids]
-    temporary = Path(folder) / f".subset.{os.getpid()}"
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(temporary.unlink, missing_ok=True)
-        with atomic_file(temporary) as stream:
-            write_index(stream, parent.dtype, lengths, pointers)
-        parent_manifest = read_manifest(parent_prefix)
-        index_sha256 = sha256_file(temporary)
-        digest = content_digest(index_sha256, parent_manifest["bin_sha256"])
+    with tempfile.TemporaryDirectory(prefix=".subset-", dir=folder) as staging:
+        index, tokens = Path(staging) / "idx", Path(staging) / "bin"
+        held = {key: parent_manifest[key] for key in ("bin_bytes", "bin_sha256")}
+        if compact:
+            with atomic_file(tokens) as stream:
+                held = UnitCopier(stream).copy(parent, ids).record()
+        written = _write_chosen_index(index, parent, ids, compact)
+        digest = content_digest(written["index_sha256"], held["bin_sha256"])
         name = sha256_text(parent_digest, digest, label, json.dumps(policy, sort_keys=True))[:8]
         prefix = str(Path(folder) / f"{Path(parent.prefix).name}.{label}-{name}")
         if os.path.exists(manifest_path(prefix)) and corpus_digest(prefix) == digest:
             return prefix
-        _link(parent.bin_path, f"{prefix}.bin")
-        with atomic_file(f"{prefix}.units.npy") as stream:
-            np.save(stream, root_units(parent_prefix)[ids])
-        os.replace(temporary, f"{prefix}.idx")
+        _write_units(f"{prefix}.units.npy", parent_prefix, ids)
+        if compact:
+            os.replace(tokens, f"{prefix}.bin")
+        else:
+            _link(parent.bin_path, f"{prefix}.bin")
+        os.replace(index, f"{prefix}.idx")
     sync_folder(folder)
-    counts = {"units": len(ids), "tokens": int(lengths.sum(dtype=np.int64))}
     manifest = {
         "kind": "subset",
         **{key: parent_manifest.get(key) for key in ("unit", "window_length", "tokenizer", "dtype")},
-        "counts": counts,
-        "index_sha256": index_sha256,
-        **{key: parent_manifest[key] for key in ("bin_bytes", "bin_sha256")},
+        "counts": {
+            "units": len(ids),
+            "tokens": sum(int(part.sum(dtype=np.int64)) for part in chosen(parent.lengths, ids)),
+        },
+        **written,
+        **held,
         "label": label,
         "policy": policy,
-        "parent": _reference(parent_prefix, folder, len(parent), parent_digest),
-        "root": _root_reference(parent_prefix, folder),
+        "parent": reference(parent_prefix, folder),
+        "root": reference(root_prefix(parent_prefix), folder),
         **(extra or {}),
     }
     write_manifest(prefix, manifest)
     return prefix
+
+
+def _write_chosen_index(path: Path, parent: IndexedCorpus, ids: np.ndarray, compact: bool) -> dict:
+    """Write the index of ``ids`` over the parent's tokens, or over tokens that follow each other; its digests."""
+    lengths, pointers = chosen(parent.lengths, ids), chosen(parent.pointers, ids)
+    if compact:
+        pointers = contiguous_pointers(chosen(parent.lengths, ids), parent.dtype.itemsize)
+    with atomic_file(path) as stream:
+        digests = DigestWriter(stream)
+        write_index_blocks(digests, parent.dtype, len(ids), lengths, pointers)
+    return {"index_sha256": digests.sha256, "index_crc32": digests.crc32}
+
+
+def _write_units(path: str, parent_prefix: str | os.PathLike, ids: np.ndarray) -> None:
+    """Write ``Y.units.npy``: the numbers in the root corpus of the parent's units ``ids``."""
+    is_root = read_manifest(parent_prefix)["kind"] != "subset"
+    parts: Iterable[np.ndarray] = in_blocks(ids) if is_root else chosen(root_units(parent_prefix), ids)
+    with atomic_file(path) as stream:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (len(ids),)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for part in parts:
+            stream.write(np.ascontiguousarray(part, dtype="<i8"))
 
 
 def root_prefix(prefix: str | os.PathLike) -> str:
@@ -91,10 +133,41 @@ def root_units(prefix: str | os.PathLike) -> np.ndarray:
     if manifest["kind"] != "subset":
         return np.arange(units, dtype=np.int64)
     path = f"{prefix}.units.npy"
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist, so it is not known which units these are: make the subset again")
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a usable .npy file ({error}): make the subset again") from error
     if ids.dtype != np.int64 or ids.shape != (units,):
         raise ValueError(f"{path} holds {ids.dtype}{list(ids.shape)}, expected int64[{units}]: make the subset again")
     return ids
+
+
+def root_digest(prefix: str | os.PathLike) -> str:
+    """The digest of the root corpus, as the manifest has it."""
+    manifest = read_manifest(prefix)
+    return manifest["root"]["digest"] if manifest["kind"] == "subset" else manifest["digest"]
+
+
+def units_within(other: str | os.PathLike, prefix: str | os.PathLike) -> np.ndarray:
+    """Numbers in ``prefix`` of the units that another subset of the same root corpus also holds (int64, increasing)."""
+    if root_digest(other) != root_digest(prefix):
+        raise ValueError(f"{other} and {prefix} are not subsets of the same corpus: their units cannot be compared")
+    theirs, ours = root_units(other), root_units(prefix)
+    places = np.searchsorted(ours, theirs)
+    places = np.minimum(places, len(ours) - 1)
+    return places[ours[places] == theirs]
+
+
+def open_provenance(path: str, **options: object) -> pq.ParquetFile:
+    """A provenance file; ValueError that names it when it is damaged."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a usable provenance file ({error}); remove it, or make the corpus again"
+        ) from error
 
 
 def read_provenance(
@@ -115,7 +188,7 @@ def read_provenance(
     units = np.asarray(units if ids is None else units[np.asarray(ids, dtype=np.int64)])
     order = np.argsort(units, kind="stable")
     wanted, start, parts = units[order], 0, []
-    with pq.ParquetFile(path) as file:
+    with open_provenance(path) as file:
         schema = (
             file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns])
         )
@@ -131,17 +204,62 @@ def read_provenance(
     return table.take(np.argsort(order, kind="stable"))
 
 
-def _sorted_ids(ids: np.ndarray, count: int, prefix: str) -> np.ndarray:
-    ids = np.sort(np.asarray(ids, dtype=np.int64).reshape(-1))
+def require_field(prefix: str | os.PathLike, field: str) -> str:
+    """The provenance file of a corpus's root; ValueError when there is none or it has no such column."""
+    path = f"{root_prefix(prefix)}.provenance.parquet"
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path} does not exist, so no unit's {field} is known: make the corpus with tools/preprocess_data.py"
+        )
+    with open_provenance(path) as file:
+        if field not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
+    return path
+
+
+def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray, list[str]]:
+    """A provenance column as numbers: (codes int32[units], names), "unknown" for units without a value.
+
+    Memory: 4 bytes per unit of the root corpus. Raises ValueError when no unit has a value.
+    """
+    path = require_field(prefix, field)
+    numbers: dict[str | None, int] = {}
+    parts = [np.zeros(0, np.int32)]
+    with open_provenance(path, read_dictionary=[field]) as file:
+        for group in range(file.num_row_groups):
+            for chunk in file.read_row_group(group, columns=[field]).column(0).chunks:
+                known = [numbers.setdefault(value, len(numbers)) for value in chunk.dictionary.to_pylist()]
+                if chunk.null_count:
+                    known.append(numbers.setdefault(None, len(numbers)))
+                local = chunk.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
+                parts.append(np.array(known, dtype=np.int32)[local])
+    if not set(numbers) - {None}:
+        raise FieldWithoutValues(f"no unit of {prefix} has a {field}: the source text has no such field")
+    codes, units = np.concatenate(parts), root_units(prefix)
+    names = ["unknown" if name is None else name for name in numbers]
+    return (codes if len(units) == len(codes) else codes[units]), names
+
+
+def _increasing_ids(ids: np.ndarray, count: int, prefix: str) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if not _rises(ids):
+        ids = np.sort(ids)
     if not len(ids):
         raise ValueError(f"no unit of {prefix} was chosen, expected at least one: choose a larger fraction")
     if ids[0] < 0 or ids[-1] >= count:
         raise ValueError(f"units {ids[0]} to {ids[-1]} of {prefix}, expected 0 to {count - 1}")
-    if (np.diff(ids) == 0).any():
-        raise ValueError(
-            f"unit {ids[:-1][np.diff(ids) == 0][0]} of {prefix} was chosen twice, expected each at most once"
-        )
+    if not _rises(ids):
+        repeated = ids[:-1][np.diff(ids) == 0][0]
+        raise ValueError(f"unit {repeated} of {prefix} was chosen twice, expected each at most once")
     return ids
+
+
+def _rises(ids: np.ndarray) -> bool:
+    """Whether every id is larger than the one before it."""
+    return all(
+        (ids[part.start + 1 : part.stop + 1] > ids[part][: len(ids) - part.start - 1]).all()
+        for part in blocks(len(ids))
+    )
 
 
 def _link(target: str, path: str) -> None:
@@ -151,12 +269,8 @@ def _link(target: str, path: str) -> None:
     os.replace(temporary, path)
 
 
-def _reference(prefix: str | os.PathLike, folder: str | os.PathLike, units: int, digest: str) -> dict:
-    real = Path(os.path.realpath(Path(prefix).parent)) / Path(prefix).name
-    return {"prefix": os.path.relpath(real, os.path.realpath(folder)), "units": units, "digest": digest}
-
-
-def _root_reference(prefix: str | os.PathLike, folder: str | os.PathLike) -> dict:
-    root = root_prefix(prefix)
-    manifest = read_manifest(root)
-    return _reference(root, folder, manifest["counts"]["units"], manifest["digest"])
+def reference(prefix: str | os.PathLike, folder: str | os.PathLike) -> dict:
+    """How a manifest in ``folder`` names another corpus: prefix relative to the folder, units, digest."""
+    real, manifest = Path(os.path.realpath(Path(prefix).parent)) / Path(prefix).name, read_manifest(prefix)
+    relative = os.path.relpath(real, os.path.realpath(folder))
+    return {"prefix": relative, "units": manifest["counts"]["units"], "digest": manifest["digest"]}

@@ -1,20 +1,21 @@
 """Validation sets: an indexed dataset ``V.bin``/``V.idx`` plus ``V.labels.npy``, which says what is to be predicted.
 
 ``V.labels.npy`` is uint8, one per token of ``V.bin``, 1 where the token is a prediction target; never the first token
-of a unit. Label "last-word": a passage is judged by its last word alone (LAMBADA); "all": by all tokens but the
-first.
+of a unit. Label "last-word": a passage is judged by its last word alone (LAMBADA); "answer": an item of a task by the
+right answer alone; "all": by all tokens but the first.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
+from megatron_bliss.data.labels import label_line
 from megatron_bliss.data.manifest import finished_manifest, read_manifest, write_manifest
 from megatron_bliss.data.sources import (
     BadLine,
@@ -22,13 +23,14 @@ from megatron_bliss.data.sources import (
     SourceState,
     check_rejects,
     expand_inputs,
-    parse_line,
     read_blocks,
     reject,
     write_rejects,
 )
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.files import atomic_file
+
+LABELS = ("last-word", "answer", "all")
 
 
 class ValidationCorpus:
@@ -80,7 +82,11 @@ class ValidationCorpus:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What makes a validation set; ``split`` (i, n) takes every n-th line, beginning with the i-th (from 1)."""
+    """What makes a validation set; ``split`` (i, n) takes every n-th line, beginning with the i-th (from 1).
+
+    label: one for all inputs, or one each. weights: shares of the inputs (patterns) in the set, by number of units or
+    of labelled tokens (``weight_by``); as many units are taken, drawn by ``seed``, as the shares leave room for.
+    """
 
     inputs: list[str]
     output_prefix: str
@@ -88,19 +94,66 @@ class ValidationSettings:
     tokenizer_model: str | None = None
     eod_token: str | None = None
     json_keys: list[str] = field(default_factory=lambda: ["text"])
-    label: Literal["last-word", "all"] = "last-word"
+    label: str | list[str] = "last-word"
     max_length: int = 1024
     split: tuple[int, int] = (1, 1)
     max_bad_fraction: float = 0.01
+    weights: list[float] | None = None
+    weight_by: Literal["units", "labels"] = "units"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.label not in ("last-word", "all"):
-            raise ValueError(f"label is {self.label!r}, expected last-word or all: change --label")
+        unknown = [label for label in self.labels if label not in LABELS]
+        if unknown:
+            raise ValueError(f"label is {unknown[0]!r}, expected {', '.join(LABELS)}: change --label")
+        if len(self.labels) not in (1, len(self.inputs)):
+            raise ValueError(
+                f"{len(self.labels)} labels for {len(self.inputs)} inputs, expected one, or one each: change --label"
+            )
+        if self.weights is not None and (
+            len(self.weights) != len(self.inputs) or min(self.weights) < 0 or not sum(self.weights) > 0
+        ):
+            raise ValueError(
+                f"weights {self.weights} for {len(self.inputs)} inputs, expected one for each, 0 or more: --weights"
+            )
         if self.max_length < 2:
             raise ValueError(f"longest unit is {self.max_length} tokens, expected at least 2: change --max-length")
         part, parts = self.split
         if not 1 <= part <= parts:
             raise ValueError(f"split is {part}/{parts}, expected 1/n to n/n: change --split")
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels given: one, or one per input."""
+        return [self.label] if isinstance(self.label, str) else list(self.label)
+
+
+@dataclass
+class InputUnits:
+    """Labelled units of one input: tokens int32[t] and the first labelled one of each; what could not be used."""
+
+    name: str
+    label: str
+    tokens: list[np.ndarray] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    rejects: list[dict] = field(default_factory=list)
+    lines: int = 0
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """int64[units]: labelled tokens per unit."""
+        lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
+        return lengths - np.array(self.firsts, dtype=np.int64)
+
+    def take(self, ids: np.ndarray) -> InputUnits:
+        """The same with some of the units."""
+        tokens, firsts = [self.tokens[unit] for unit in ids], [self.firsts[unit] for unit in ids]
+        return replace(self, tokens=tokens, firsts=firsts)
+
+    def record(self) -> dict:
+        """What a manifest says of it."""
+        labelled = int(self.labelled.sum())
+        return {"input": self.name, "label": self.label, "units": len(self.tokens), "labelled": labelled}
 
 
 def parse_split(text: str) -> tuple[int, int]:
@@ -112,40 +165,11 @@ def parse_split(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def label_last_word(ids: list[int], text: str, tokenizer: Tokenizer, max_length: int) -> list[tuple[list[int], int]]:
-    """One unit (ids, first labelled position) for a passage whose last word is the label; its beginning may be cut.
-
-    The label is the shortest run of last tokens whose text ends with the whole word, so it is right wherever the
-    tokenizer puts word boundaries and spaces. ``text`` must not end with white space. Raises BadLine.
-    """
-    word = text.split()[-1]
-    if word == text.strip():
-        raise BadLine("a single word, expected a passage before it")
-    start = len(ids) - 1
-    while start > 0 and not tokenizer.decode(ids[start:]).endswith(word):
-        start -= 1
-    if start == 0:
-        raise BadLine(f"the tokenizer does not give back the last word {word!r}")
-    cut = max(0, len(ids) - max_length)
-    if start <= cut:
-        raise BadLine(f"the last word takes {len(ids) - start} tokens, expected fewer than the {max_length} of a unit")
-    return [(ids[cut:], start - cut)]
-
-
-def label_all(ids: list[int], max_length: int) -> list[tuple[list[int], int]]:
-    """Units (ids, first labelled position) of a text judged by all its tokens: pieces of ``max_length``."""
-    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    units = [(piece, 1) for piece in pieces if len(piece) >= 2]
-    if not units:
-        raise BadLine("fewer than two tokens")
-    return units
-
-
 def prepare_validation(settings: ValidationSettings) -> dict:
     """Make the validation set ``settings.output_prefix``; returns its manifest. A finished one is left as it is.
 
     Raises ValueError when outputs of anything else are in the way, when more than ``max_bad_fraction`` of the lines
-    cannot be used, or when nothing is left.
+    of an input cannot be used, or when nothing is left.
     """
     prefix = settings.output_prefix
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
@@ -154,59 +178,89 @@ def prepare_validation(settings: ValidationSettings) -> dict:
     finished = finished_manifest(prefix, identity, [source.file for source in sources])
     if finished is not None:
         return finished
-    labels, lines, rejects = [], 0, []
+    inputs = list(_read_inputs(settings, sources, tokenizer))
     with CorpusWriter(prefix, tokenizer.vocab_size) as writer:
-        for block, number, line in _chosen_lines(sources, settings.split):
-            lines += 1
-            try:
-                units = _units(line, block, settings, tokenizer)
-            except BadLine as error:
-                rejects.append(reject(block.file, number, str(error)))
-                continue
-            for ids, first in units:
-                writer.add(np.array(ids), np.array([len(ids)]))
-                labels.append(np.arange(len(ids)) >= first)
         with atomic_file(f"{prefix}.rejected.jsonl") as stream:
-            write_rejects(stream, rejects)
-        check_rejects(len(rejects), lines, settings.max_bad_fraction, f"{prefix}.rejected.jsonl")
+            write_rejects(stream, [entry for one in inputs for entry in one.rejects])
+        for one in inputs:
+            check_rejects(len(one.rejects), one.lines, settings.max_bad_fraction, f"{prefix}.rejected.jsonl")
+        if settings.weights is not None:
+            inputs = mix(inputs, settings.weights, settings.weight_by, settings.seed)
+        for one in inputs:
+            writer.add(
+                np.concatenate(one.tokens or [[]]), np.array([len(tokens) for tokens in one.tokens], dtype=np.int64)
+            )
+        masks = [
+            np.arange(len(ids)) >= first for one in inputs for ids, first in zip(one.tokens, one.firsts, strict=True)
+        ]
         with atomic_file(f"{prefix}.labels.npy") as stream:
-            np.save(stream, np.concatenate(labels).astype(np.uint8))
-    counts = {"labelled": sum(int(mask.sum()) for mask in labels), "rejected": len(rejects)}
-    return write_manifest(
-        prefix, {**identity, **writer.record(counts), "sources": [source.record() for source in sources]}
-    )
+            np.save(stream, np.concatenate(masks).astype(np.uint8))
+    counts = {
+        "labelled": sum(int(one.labelled.sum()) for one in inputs),
+        "rejected": sum(len(one.rejects) for one in inputs),
+    }
+    made = {**writer.record(counts), "inputs": [one.record() for one in inputs]}
+    return write_manifest(prefix, {**identity, **made, "sources": [source.record() for source in sources]})
 
 
-def _chosen_lines(sources: list[SourceState], split: tuple[int, int]) -> Iterator[tuple[LineBlock, int, bytes]]:
-    part, parts = split
-    count = 0
-    for source in sources:
-        for block in read_blocks(source):
-            if block.damage:
-                raise ValueError(f"{block.file}, line {block.first_line}: {block.damage}; get the file again")
-            for number, line in block.lines():
-                if count % parts == part - 1:
-                    yield block, number, line
+def mix(inputs: list[InputUnits], weights: list[float], weight_by: str, seed: int) -> list[InputUnits]:
+    """The largest part of the inputs in which they have the shares that ``weights`` ask for; order is kept."""
+    sizes = [one.labelled if weight_by == "labels" else np.ones(len(one.tokens), np.int64) for one in inputs]
+    room = min(float(size.sum()) / weight for size, weight in zip(sizes, weights, strict=True) if weight > 0)
+    mixed, generator = [], np.random.default_rng(seed)
+    for one, size, weight in zip(inputs, sizes, weights, strict=True):
+        order = generator.permutation(len(size))
+        fits = np.cumsum(size[order]) <= weight * room + 1e-6
+        mixed.append(one.take(np.sort(order[fits])))
+    if not all(one.tokens for one, weight in zip(mixed, weights, strict=True) if weight > 0):
+        raise ValueError(
+            f"a mixture with weights {weights} leaves no unit of some input, expected at least one of each: give more "
+            "text or change --weights"
+        )
+    return mixed
+
+
+def _read_inputs(
+    settings: ValidationSettings, sources: list[SourceState], tokenizer: Tokenizer
+) -> Iterator[InputUnits]:
+    """Labelled units of each input, in order."""
+    labels = settings.labels * (len(settings.inputs) // len(settings.labels))
+    remaining, count = iter(sources), 0
+    for pattern, label in zip(settings.inputs, labels, strict=True):
+        found = InputUnits(pattern, label)
+        for _ in expand_inputs([pattern]):
+            for block, number, line in _lines(next(remaining)):
                 count += 1
+                if (count - settings.split[0]) % settings.split[1]:
+                    continue
+                found.lines += 1
+                try:
+                    units = label_line(line, label, settings.json_keys, tokenizer, settings.max_length)
+                except BadLine as error:
+                    found.rejects.append(reject(block.file, number, str(error)))
+                    continue
+                found.tokens += [np.array(ids, dtype=np.int32) for ids, _ in units]
+                found.firsts += [first for _, first in units]
+        yield found
 
 
-def _units(
-    line: bytes, block: LineBlock, settings: ValidationSettings, tokenizer: Tokenizer
-) -> list[tuple[list[int], int]]:
-    text, _ = parse_line(line, settings.json_keys)
-    if settings.label == "all":
-        return label_all(tokenizer.encode_batch([text])[0], settings.max_length)
-    text = text.rstrip()
-    return label_last_word(tokenizer.encode_batch([text])[0], text, tokenizer, settings.max_length)
+def _lines(source: SourceState) -> Iterator[tuple[LineBlock, int, bytes]]:
+    for block in read_blocks(source):
+        if block.damage:
+            raise ValueError(f"{block.file}, line {block.first_line}: {block.damage}; get the file again")
+        for number, line in block.lines():
+            yield block, number, line
 
 
 def _identity(settings: ValidationSettings, tokenizer: Tokenizer) -> dict:
+    units = {"piece" if label == "all" else "passage" for label in settings.labels}
+    mixture = {"weights": settings.weights, "weight_by": settings.weight_by, "seed": settings.seed}
     return {
         "kind": "validation",
-        "unit": "passage" if settings.label == "last-word" else "piece",
-        "label": settings.label,
+        "unit": units.pop() if len(units) == 1 else "mixed",
+        "label": settings.labels[0] if len(set(settings.labels)) == 1 else settings.labels,
         "max_length": settings.max_length,
         "split": list(settings.split),
         "tokenizer": tokenizer.identity(),
-        "settings": {"json_keys": list(settings.json_keys)},
+        "settings": {"json_keys": list(settings.json_keys), **(mixture if settings.weights is not None else {})},
     }

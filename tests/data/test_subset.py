@@ -1,5 +1,9 @@
+import hashlib
+import json
 import os
 import shutil
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,11 +11,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
 from megatron_bliss.data.manifest import adopt_manifest, check_same_tokenizer, corpus_digest, read_manifest
-from megatron_bliss.data.subset import read_provenance, root_prefix, root_units, write_subset
-from megatron_bliss.selection import shards, top_fraction
-from tests.data.corpora import write_corpus
+from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.subset import provenance_codes, read_provenance, root_prefix, root_units, write_subset
+from megatron_bliss.data.verify import verify_corpus
+from tests.data.corpora import write_corpus, write_lines
 
 
 class StubTokenizer:
@@ -150,26 +156,49 @@ def test_tokenizers_of_two_corpora(tmp_path):
         check_same_tokenizer(tmp_path / "A", tmp_path / "C")
 
 
-def test_gpt_dataset_sees_the_chosen_units_alone_for_two_epochs(tmp_path):
-    lengths = write_named_units(tmp_path / "X")
-    ids = shards(40, 2, seed=5)[1][::2]
-    prefix = write_subset(tmp_path / "X", ids, tmp_path / "run", label="top")
-    samples = 2 * int(lengths[ids].sum()) // 8 - 1
-    dataset = gpt_dataset(prefix, tmp_path / "cache", samples)
-    seen = np.concatenate([dataset[number]["tokens"].numpy() for number in range(samples)])
-    counts = np.bincount(seen, minlength=41)[1:]
-    assert set(np.flatnonzero(counts)) == set(ids)
-    missing = 2 * lengths[ids] - counts[ids]
-    assert (missing >= 0).all() and missing.sum() == 2 * lengths[ids].sum() - 8 * samples < 16
+def test_manifests_without_a_quick_digest_still_hold(tmp_path):
+    write_corpus(tmp_path / "X", [2, 2, 2, 2])
+    path = tmp_path / "X.manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("index_crc32") == zlib.crc32((tmp_path / "X.idx").read_bytes())
+    path.write_text(json.dumps(manifest))
+    subset = write_subset(tmp_path / "X", [1, 2], tmp_path, label="top")
+    assert read_manifest(subset)["index_sha256"] == hashlib.sha256(Path(f"{subset}.idx").read_bytes()).hexdigest()
+    data = bytearray((tmp_path / "X.idx").read_bytes())
+    data[34] ^= 2
+    (tmp_path / "X.idx").write_bytes(data)
+    with pytest.raises(ValueError, match="rewritten under an old name"):
+        write_subset(tmp_path / "X", [0], tmp_path, label="top")
 
 
-def test_a_second_selection_never_meets_the_first_ones_cache(tmp_path):
-    with CorpusWriter(tmp_path / "X", 1000) as writer:  # equal lengths: nothing but the name tells selections apart
-        writer.add(np.repeat(np.arange(1, 31), 6), np.full(30, 6))
-    adopt_manifest(tmp_path / "X", None)
-    for seed in range(2):
-        ids = top_fraction(np.random.default_rng(seed).random(30), fraction=0.3)
-        prefix = write_subset(tmp_path / "X", ids, tmp_path, label="top30")
-        dataset = gpt_dataset(prefix, tmp_path / "cache", 6)
-        seen = {int(token) - 1 for number in range(6) for token in dataset[number]["tokens"]}
-        assert seen <= set(ids.tolist()) and len(seen) > 5
+def test_large_indexes_are_read_in_blocks(tmp_path, monkeypatch):
+    lengths = list(np.random.default_rng(0).integers(0, 5, 500))
+    write_corpus(tmp_path / "X", lengths)
+    ids = np.flatnonzero(np.random.default_rng(1).random(500) < 0.3)
+    at_once = write_subset(tmp_path / "X", ids, tmp_path / "a", label="top")
+    monkeypatch.setattr("megatron_bliss.data.indexed.BLOCK", 7)
+    monkeypatch.setattr("megatron_bliss.data.indexed.blocks.__defaults__", (7,))
+    in_blocks = write_subset(tmp_path / "X", ids, tmp_path / "b", label="top")
+    for suffix in (".idx", ".units.npy"):
+        assert Path(at_once + suffix).read_bytes() == Path(in_blocks + suffix).read_bytes()
+    verify_corpus(in_blocks)
+
+
+def test_provenance_as_numbers(tmp_path):
+    domains = ["b", "a", "a", None, "b", "a"]
+    rows = [{"text": f"text {n}", **({"domain": domain} if domain else {})} for n, domain in enumerate(domains)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=str(tmp_path / "X"), tokenizer_type="bytes"))
+    for prefix, ids in (
+        (str(tmp_path / "X"), np.arange(6)),
+        (write_subset(tmp_path / "X", [2, 3, 4], tmp_path, label="some"), np.array([2, 3, 4])),
+    ):
+        codes, names = provenance_codes(prefix, "domain")
+        assert [names[code] for code in codes] == [domains[unit] or "unknown" for unit in ids]
+    assert shares_of(prefix) == {"a": 1 / 3, "b": 1 / 3, "unknown": 1 / 3} and shares_of(prefix, "format") == {}
+    with pytest.raises(ValueError, match="no column 'colour', expected one of file, line"):
+        provenance_codes(prefix, "colour")
+    write_corpus(tmp_path / "Y", [2, 2])
+    assert shares_of(tmp_path / "Y") == {}
+    with pytest.raises(ValueError, match="so no unit's domain is known"):
+        provenance_codes(tmp_path / "Y", "domain")

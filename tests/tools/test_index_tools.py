@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +10,7 @@ import pytest
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.subset import root_units
+from megatron_bliss.data.subset import read_provenance, root_units, write_subset
 from tests.data.corpora import documents, write_corpus, write_lines
 from tools import inspect_index, subset_index
 
@@ -36,13 +40,91 @@ def test_the_highest_scores_become_a_subset(scored, capsys):
     np.testing.assert_array_equal(root_units(subset), np.arange(1, 30, 3))
     assert "letter" in output and "100.0%" in output
     manifest = read_manifest(subset)
-    assert manifest["policy"] == {"name": "top_fraction", "fraction": 0.3333, "seed": 0}
-    assert manifest["lowest_score_kept"] == 1.0 and len(manifest["scores_sha256"]) == 64
+    assert manifest["policy"] == {"name": "top_fraction", "fraction": 0.3333, "seed": 0, "threshold": 1.0}
+    assert manifest["scores"][0]["file"] == "scores.npy" and len(manifest["scores"][0]["sha256"]) == 64
     assert make_subset(prefix, scores, "--policy", "threshold", "--threshold", "0.5") == 0
     np.testing.assert_array_equal(root_units(capsys.readouterr().out.partition(":")[0]), np.arange(1, 30, 3))
     for command in ("verify", "show", "sample"):
         assert inspect_index.main([command, subset]) == 0
     assert "contiguous  no" in capsys.readouterr().out
+
+
+def kept_units(prefix, scores, capsys, *more):
+    """Root units of the subset that the command makes, and its manifest."""
+    assert make_subset(prefix, scores, *more) == 0
+    subset = capsys.readouterr().out.partition(":")[0]
+    return root_units(subset), read_manifest(subset)
+
+
+def test_policies_by_domain_budget_and_chance(scored, capsys):
+    prefix, scores = scored
+    for options, letters, count in (
+        (["--policy", "proportional", "--fraction", "0.5"], 5, 15),
+        (["--policy", "quotas", "--fraction", "0.5", "--quotas", "letter=0.2", "river=0.6"], 3, 15),
+        (["--policy", "gumbel", "--fraction", "0.3", "--temperature", "0.01"], 9, 9),
+    ):
+        ids, manifest = kept_units(prefix, scores, capsys, *options)
+        assert len(ids) == count and (ids % 3 == 1).sum() == letters and manifest["policy"]["name"] == options[1]
+    ids, manifest = kept_units(prefix, scores, capsys, "--policy", "token_budget", "--tokens", "600")
+    assert manifest["counts"]["tokens"] <= 600 and set(ids % 3) == {1}
+    for options, message in (
+        (["--policy", "gumbel", "--fraction", "0.3", "--temperature", "0"], "selection.temperature"),
+        (["--policy", "token_budget"], "needs --tokens"),
+        (["--policy", "quotas", "--fraction", "0.5", "--quotas", "letter"], "NAME=SHARE"),
+        (["--policy", "proportional", "--fraction", "0.5", "--domain-field", "label"], "no unit of .* has a label"),
+        (["--policy", "threshold", "--threshold", "2"], "keeps no unit .* from 0 to 1"),
+    ):
+        assert make_subset(prefix, scores, *options) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_several_score_files_and_exclusion(scored, tmp_path, capsys):
+    prefix, first = scored
+    second = str(tmp_path / "other.npy")
+    np.save(second, (np.arange(30) >= 20).astype(np.float32))
+    shutil.copy(tmp_path / "scores.json", tmp_path / "other.json")
+    both = ["--scores", first, second, "--fraction", "0.33333"]  # the second --scores wins
+    ids, manifest = kept_units(prefix, first, capsys, *both, "--combine", "union")
+    np.testing.assert_array_equal(ids, sorted({*range(1, 30, 3), *range(20, 30)}))
+    assert len(manifest["scores"]) == 2 and manifest["policy"]["combine"] == "union"
+    ids, _ = kept_units(prefix, first, capsys, *both, "--combine", "intersection")
+    np.testing.assert_array_equal(ids, [22, 25, 28])
+    ids, _ = kept_units(prefix, first, capsys, *both, "--combine", "mean", "--weights", "0.1", "0.9")
+    np.testing.assert_array_equal(ids, range(20, 30))
+    (tmp_path / "seen.txt").write_text("1\n4\n")
+    subset = write_subset(prefix, [25, 28], tmp_path, label="seen")
+    ids, manifest = kept_units(
+        prefix,
+        first,
+        capsys,
+        "--policy",
+        "threshold",
+        "--threshold",
+        "1",
+        "--exclude",
+        str(tmp_path / "seen.txt"),
+        subset,
+    )
+    np.testing.assert_array_equal(ids, [7, 10, 13, 16, 19, 22])
+    assert manifest["policy"]["excluded"] == 4
+    assert make_subset(prefix, first, *both) == 1 and "expected --combine" in capsys.readouterr().err
+    (tmp_path / "seen.txt").write_text("1\nword\n")
+    assert make_subset(prefix, first, "--fraction", "0.1", "--exclude", str(tmp_path / "seen.txt")) == 1
+    assert "no list of unit numbers" in capsys.readouterr().err
+
+
+def test_a_compact_subset_holds_its_own_tokens_in_order(scored, tmp_path, capsys):
+    prefix, scores = scored
+    ids, manifest = kept_units(prefix, scores, capsys, "--fraction", "0.33333", "--compact")
+    subset = next(str(path)[:-4] for path in tmp_path.glob("X.run/*.bin"))
+    small, whole = IndexedCorpus(subset), IndexedCorpus(prefix)
+    np.testing.assert_array_equal(small.tokens, np.concatenate([whole[int(unit)] for unit in ids]))
+    assert not os.path.islink(small.bin_path) and manifest["bin_bytes"] == small.bin_bytes < whole.bin_bytes
+    assert set(read_provenance(subset).column("domain").to_pylist()) == {"letter"}
+    again = write_subset(subset, [0, 2], tmp_path / "deep", label="again")  # a subset of a compact subset
+    np.testing.assert_array_equal(IndexedCorpus(again)[1], whole[int(ids[2])])
+    for made in (subset, again):
+        assert inspect_index.main(["verify", made]) == 0
 
 
 def test_scores_of_another_corpus_are_refused(scored, tmp_path, capsys):
@@ -84,3 +166,45 @@ def test_adopting_a_corpus_of_other_software(tmp_path, capsys):
     assert inspect_index.main(["adopt", prefix, "--tokenizer-type", "bytes"]) == 1
     assert "the vocabulary ends at 256" in capsys.readouterr().err
     assert not (tmp_path / "X.manifest.json").exists()
+
+
+def test_differences_of_two_subsets(scored, capsys):
+    prefix, _ = scored
+    first = write_subset(prefix, [0, 1, 2, 3, 4, 5], f"{prefix}.run", label="first")
+    second = write_subset(prefix, [1, 4, 7, 10], f"{prefix}.run", label="second")
+    assert inspect_index.main(["diff", first, second, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["first"], found["second"], found["shared"], found["jaccard"]) == (6, 4, 2, 0.25)
+    assert found["shift"] == pytest.approx(2 / 3) and found["shares"]["letter"] == pytest.approx([1 / 3, 1])
+    assert found["shared_tokens"] == sum(IndexedCorpus(first).lengths[[1, 4]])
+    assert inspect_index.main(["diff", first, second]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"letter +33.3% +100.0% +\+66.7%", output) and re.search(r"only in first +4", output)
+    assert inspect_index.main(["diff", first, second, "--field", "format"]) == 0
+    assert "shift" not in capsys.readouterr().out
+    assert inspect_index.main(["diff", first]) == 1 and "two prefixes" in capsys.readouterr().err
+    other = write_lines(Path(f"{prefix}.other.jsonl"), documents(3))
+    preprocess(PreprocessSettings(inputs=[other], output_prefix=f"{prefix}other", tokenizer_type="bytes"))
+    assert inspect_index.main(["diff", first, f"{prefix}other"]) == 1
+    assert "not subsets of the same corpus" in capsys.readouterr().err
+
+
+def test_what_show_and_sample_say(scored, capsys):
+    prefix, _ = scored
+    subset = write_subset(prefix, [1, 4], f"{prefix}.run", label="two")
+    assert inspect_index.main(["show", subset]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^units +2$", output, re.M) and re.search(r"^contiguous +no$", output, re.M)
+    assert re.search(r"^link to +\.\./X\.bin$", output, re.M) and '"eod": 256' in output
+    assert inspect_index.main(["show", subset, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["counts"]["units"] == 2
+    assert inspect_index.main(["sample", subset, "--json", "--max-tokens", "2000"]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    assert [entry["text"] for entry in samples] == [documents(30)[unit]["text"] for unit in (1, 4)]
+    assert [entry["source"]["line"] for entry in samples] == [2, 5]
+    assert inspect_index.main(["sample", subset, "--count", "1", "--max-tokens", "3"]) == 0
+    assert re.search(
+        r"^--- unit \d, \d+ tokens  file=.* line=\d+ .*domain=letter\n.{3}$", capsys.readouterr().out, re.M
+    )
+    assert inspect_index.main(["verify", subset, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["contiguous"] is False

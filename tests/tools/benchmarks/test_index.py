@@ -1,0 +1,28 @@
+"""The benchmark of subsets and verification, at a size that shows only that it measures what it says."""
+
+import numpy as np
+import pytest
+
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.verify import verify_corpus
+from tools.benchmarks.index import subset_seconds_per_million, synthetic_corpus, verify_seconds_per_million
+
+
+def test_synthetic_units_are_a_corpus(tmp_path):
+    prefix = synthetic_corpus(70_000, tmp_path)
+    assert verify_corpus(prefix)["contiguous"] and len(IndexedCorpus(prefix)) == 70_000
+    scores = np.load(f"{prefix}.scores.npy")
+    assert scores.dtype == np.float32 and len(np.unique(scores)) > 60_000
+    assert synthetic_corpus(70_000, tmp_path) == prefix
+
+
+def test_what_is_measured(tmp_path):
+    for measure in (subset_seconds_per_million, verify_seconds_per_million):
+        found = measure(5000, tmp_path)
+        assert found["units"] == 5000 and found["seconds"] > 0 and found["peak_bytes"] >= 0
+        assert found["seconds_per_million"] == pytest.approx(found["seconds"] * 200)
+        assert found["peak_bytes_per_unit"] == pytest.approx(found["peak_bytes"] / 5000)
+    assert not list(tmp_path.glob("subset-*"))
+    (tmp_path / "synthetic-5000.manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="found a failure of the case"):
+        verify_seconds_per_million(5000, tmp_path)
