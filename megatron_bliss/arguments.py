@@ -102,6 +102,7 @@ def _check_sizes(config: Config) -> None:
         "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
         "pretraining.eval_interval": config.pretraining.eval_interval,
         "checkpoint.save_interval": config.checkpoint.save_interval,
+        "checkpoint.keep": config.checkpoint.keep,
         "logging.log_interval": config.logging.log_interval,
     }
     for name, value in positive.items():

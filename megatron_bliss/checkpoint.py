@@ -2,37 +2,40 @@
 
 A state is a nest of dicts and lists with tensors, numbers, strings and None. One file holds one state
 (``save_state``). A checkpoint is a folder ``step_00000100/`` that appears under its name only when every rank's file
-in it is on disk.
+in it is on disk; its ``manifest.json`` has the size and SHA-256 of each. What lies in the target's is the business of
+``target_checkpoint.py``.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_bliss.files import atomic_file, publish, read_json, sync_folder, write_json
-from megatron_bliss.parallel import Groups, failing_together
+from megatron_bliss.files import atomic_file, read_json, sha256_file
+from megatron_bliss.parallel import Groups, all_gather_object, failing_together
 
 __all__ = [
+    "describe_file",
     "keep_last",
     "latest",
-    "load_checkpoint",
     "load_state",
-    "load_weights",
     "read_manifest",
-    "save_checkpoint",
     "save_state",
+    "set_aside",
     "step_folder",
+    "temporary_folder",
+    "verify",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-SHARED = "shared.pt"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -85,100 +88,77 @@ def keep_last(folder: str | Path, k: int) -> None:
     """Remove all but the k newest checkpoints, and what killed saves left behind; call it on the main rank only."""
     assert k > 0, "nothing would be left"
     for _, path in _steps(folder)[:-k]:
-        shutil.rmtree(path)
+        set_aside(path)
     for path in Path(folder).glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
-def save_checkpoint(
-    folder: str | Path,
-    step: int,
-    groups: Groups,
-    *,
-    shared: dict[str, Any],
-    weights: dict[str, Any],
-    state: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Collective: write checkpoint ``step`` and drop all but the ``keep`` newest.
-
-    ``shared`` is the same on every rank and written once; ``weights`` are the same on every data-parallel rank and
-    written by the first; ``state`` is this rank's own. Where a rank cannot write (a full disk), every rank raises and
-    the checkpoints there are stay as they were.
-    """
-    path = step_folder(folder, step)
-    temporary = path.parent / f".{path.name}.tmp"
-    with failing_together(groups):
-        if groups.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with failing_together(groups):
-        save_state(temporary / _state_name(groups), state)
-        if groups.data_parallel_rank == 0:
-            save_state(temporary / _weights_name(groups), weights)
-    with failing_together(groups):
-        if groups.is_main:
-            save_state(temporary / SHARED, shared)
-            manifest = {"format": FORMAT, "step": step, **groups.sizes}
-            write_json(temporary / MANIFEST, manifest)
-            sync_folder(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            publish(temporary, path)
-            keep_last(folder, keep)
-    return path
+def temporary_folder(path: Path) -> Path:
+    """Where the checkpoint ``path`` lies until it is complete; :func:`keep_last` removes it."""
+    return path.parent / f".{path.name}.tmp"
 
 
-def _weights_name(groups: Groups) -> str:
-    tensor, pipeline = groups.tensor_model_parallel_rank, groups.pipeline_model_parallel_rank
-    return f"weights_tensor_{tensor:03d}_pipeline_{pipeline:03d}.pt"
+def set_aside(path: Path) -> None:
+    """Take a checkpoint's name away, so that no kill leaves half of it under that name."""
+    if path.exists():
+        aside = path.parent / f".{path.name}.old.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
-def _state_name(groups: Groups) -> str:
-    tensor, pipeline = groups.tensor_model_parallel_rank, groups.pipeline_model_parallel_rank
-    return f"state_tensor_{tensor:03d}_pipeline_{pipeline:03d}_data_{groups.data_parallel_rank:05d}.pt"
+def describe_file(path: str | Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file, as the manifest keeps them, after flushing it to disk."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": os.path.getsize(path), "sha256": sha256_file(path)}
 
 
 def read_manifest(path: str | Path) -> dict:
-    """A checkpoint's format, step and parallel sizes; ValueError where it is not one."""
-    manifest = read_json(Path(path) / MANIFEST) if (Path(path) / MANIFEST).is_file() else None
-    if manifest is None:
+    """A checkpoint's format, step, parallel sizes and files; ValueError where it is not one."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
         raise ValueError(f"found no {MANIFEST} in {path}, expected a finished checkpoint")
+    try:
+        manifest = read_json(path / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"found a damaged {path / MANIFEST} ({error}), expected a manifest: {_mend(path)}") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(f"found checkpoint format {manifest.get('format')} in {path}, expected {FORMAT}")
     return manifest
 
 
-def load_checkpoint(path: str | Path, groups: Groups) -> tuple[dict, dict, dict]:
-    """Collective: ``shared``, ``weights`` and this rank's ``state`` of a checkpoint.
+def verify(path: str | Path, groups: Groups) -> dict:
+    """Collective: the manifest of a checkpoint all of whose files are as they were written.
 
-    Every rank raises ValueError where the parallel sizes differ from those it was saved at, or a file is damaged.
+    Every file is read once per node, by ranks in turn (SHA-256: 1 to 2 GB/s per rank where the processor has
+    instructions for it, a third of that elsewhere). ValueError on every rank, naming the file, where one is missing,
+    cut off or changed.
     """
-    return _load_together(path, groups, (SHARED, _weights_name(groups), _state_name(groups)), groups.sizes)
-
-
-def load_weights(path: str | Path, groups: Groups) -> dict[str, Any]:
-    """Collective: the ``weights`` of a checkpoint, which any data-parallel size can use."""
-    sizes = {option: size for option, size in groups.sizes.items() if option != "data_parallel_size"}
-    (weights,) = _load_together(path, groups, (_weights_name(groups),), sizes)
-    return weights
-
-
-def _load_together(path: str | Path, groups: Groups, names: tuple[str, ...], sizes: dict[str, int]) -> tuple:
-    states = ()
+    path, manifest, mine = Path(path), {}, {}
+    hosts = all_gather_object(socket.gethostname(), groups)
+    neighbours = [rank for rank, host in enumerate(hosts) if host == hosts[groups.rank]]
     with failing_together(groups):
-        _check_sizes(path, read_manifest(path), sizes)
-        states = tuple(load_state(Path(path) / name) for name in names)
-    return states
+        manifest = read_manifest(path)
+        by_size = sorted(manifest["files"], key=lambda name: (manifest["files"][name]["bytes"], name), reverse=True)
+        for name in by_size:
+            _check_size(path, name, manifest["files"][name]["bytes"])
+        mine = by_size[neighbours.index(groups.rank) :: len(neighbours)]
+    with failing_together(groups):
+        for name in mine:
+            if sha256_file(path / name) != manifest["files"][name]["sha256"]:
+                raise ValueError(f"found a wrong checksum in {path / name}, expected what was saved: {_mend(path)}")
+    return manifest
 
 
-def _check_sizes(path: str | Path, manifest: dict, sizes: dict[str, int]) -> None:
-    for option, size in sizes.items():
-        saved = manifest.get(option)
-        if saved != size:
-            mend = (
-                f"start {saved} times the ranks of one replica"
-                if option.startswith("data")
-                else f"set target.{option}={saved}"
-            )
-            raise ValueError(f"found {option}={saved} in checkpoint {path}, expected this run's {size}: {mend}")
+def _check_size(path: Path, name: str, size: int) -> None:
+    if Path(name).name != name:
+        raise ValueError(f"found a file outside the checkpoint, {name}, in {path / MANIFEST}: {_mend(path)}")
+    if not (path / name).is_file():
+        raise ValueError(f"found no file {path / name}, expected {size} bytes: {_mend(path)}")
+    found = (path / name).stat().st_size
+    if found != size:
+        raise ValueError(f"found {found} bytes in {path / name}, expected {size}: {_mend(path)}")
+
+
+def _mend(path: Path) -> str:
+    return f"remove the folder {path}, so that the run goes on from the checkpoint before it, or copy it here again"

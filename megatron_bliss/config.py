@@ -237,6 +237,11 @@ class CheckpointConfig:
 
     save_interval: int = 500
     """Steps between checkpoints inside a stage; a killed run goes on from the last one."""
+    keep: int = 2
+    """Newest checkpoints of the target that stay in a stage's folder."""
+    async_save: bool = False
+    """Write the target's checkpoints while training goes on, from a copy in host memory (weights, 8 to 12 bytes per
+    parameter of optimizer state, shared by the ranks)."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.target import Target, build_target, forward_only
 from megatron_bliss.parallel import Groups, broadcast_object
 from megatron_bliss.platform import choose_dtype
-from megatron_bliss.target_trainer import TargetTrainer, load_target_weights
+from megatron_bliss.target_checkpoint import Save, load_target_and_optimizer, load_target_weights_from, start_save
+from megatron_bliss.target_trainer import TargetTrainer
 
 Evaluation = list[Any]
 """[iteration, tokens trained on since the start of the run, {test set: loss}]."""
@@ -72,13 +73,16 @@ def train_segment(
     progress: bool = False,
     num_workers: int = 0,
     init_seed: int | None = None,
+    keep: int = 2,
+    async_save: bool = False,
 ) -> SegmentResult:
     """Collective: train the target on ``data_prefix`` and leave ``folder/step_LAST/``.
 
-    Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer), else
-    from initial weights. ``seed`` orders the data (and, unless ``init_seed`` is given, draws the weights).
-    ``total_iterations`` spans the learning-rate schedule over all segments. Losses are means over real tokens of the
-    whole batch.
+    Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer, or
+    weights alone), else from initial weights. Checkpoints of any parallel layout will do; the newest ``keep`` stay, and
+    ``async_save`` writes them while training goes on. ``seed`` orders the data (and, unless ``init_seed`` is given,
+    draws the weights). ``total_iterations`` spans the learning-rate schedule over all segments. Losses are means over
+    real tokens of the whole batch.
 
     A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
     ValueError for options that don't fit, RuntimeError on every rank where loss or gradient are no longer finite.
@@ -103,7 +107,7 @@ def train_segment(
         cache_folder=Path(folder) / "data_cache",
         num_workers=num_workers,
     )
-    segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration)
+    segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start)
     log = _Log(metrics, log_interval, progress and groups.is_main, arm=arm, round=round, stage=stage)
     segment.run(config.eval_interval, save_interval, evaluate, log)
@@ -165,8 +169,19 @@ class _Log:
 class _Segment:
     """Progress of one segment: its counters, and the loop that moves them."""
 
-    def __init__(self, trainer: TargetTrainer, data: TrainingSequences, folder: Path, first: int, last: int) -> None:
+    def __init__(
+        self,
+        trainer: TargetTrainer,
+        data: TrainingSequences,
+        folder: Path,
+        first: int,
+        last: int,
+        keep: int,
+        async_save: bool,
+    ) -> None:
         self.trainer, self.data, self.folder, self.first, self.last = trainer, data, folder, first, last
+        self.keep, self.async_save = keep, async_save
+        self.pending: Save | None = None
         self.groups, self.config = trainer.groups, trainer.config
         self.iteration, self.seconds = first, 0.0
         self.evaluations: list[Evaluation] = []
@@ -178,7 +193,11 @@ class _Segment:
         path = own or start
         if path is None:
             return
-        shared, weights, state = checkpoint.load_checkpoint(path, self.groups)
+        trainer = self.trainer
+        shared = load_target_and_optimizer(path, trainer.target, trainer.optimizer, self.groups)
+        if own is None and "iteration" not in shared:  # weights alone: where training begins
+            trainer.resume(self.first, [[0.0, 0.0]])
+            return
         if own is None and shared["iteration"] != self.first:
             raise ValueError(
                 f"found iteration {shared['iteration']} in checkpoint {path}, expected {self.first}: the segment "
@@ -189,23 +208,39 @@ class _Segment:
                 f"found another index at {self.data.prefix}.idx than checkpoint {path} was trained on: put the old one "
                 f"back, or remove {self.folder} to train this stage again"
             )
-        self.trainer.load(weights, state, shared["iteration"])
+        trainer.resume(shared["iteration"], shared["loss_parts"])
         self.iteration = shared["iteration"]
         if own is not None:
             self.seconds, self.evaluations = shared["seconds"], shared["evaluations"]
 
     def save(self) -> None:
-        """Collective: write a checkpoint of this iteration."""
+        """Collective: write a checkpoint of this iteration, or begin to."""
+        self.finish_save()
         shared = {
             "iteration": self.iteration,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
             "data": self.data.digest,
+            "loss_parts": self.trainer.loss_parts(),
         }
-        weights, state = self.trainer.weights(), self.trainer.state()
-        checkpoint.save_checkpoint(
-            self.folder, self.iteration, self.groups, shared=shared, weights=weights, state=state
+        self.pending = start_save(
+            self.folder,
+            self.iteration,
+            self.trainer.target,
+            self.groups,
+            shared=shared,
+            optimizer=self.trainer.optimizer,
+            keep=self.keep,
+            asynchronous=self.async_save,
         )
+        if not self.async_save or self.iteration == self.last:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Collective: give the checkpoint that is being written its name; raises where it could not be written."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.finish()
 
     def run(
         self, eval_interval: int, save_interval: int, evaluate: Callable[[Target], dict[str, float]] | None, log: _Log
@@ -230,6 +265,8 @@ class _Segment:
         step = self.trainer.step(batches)
         log.count(time.perf_counter() - began)
         self.iteration += 1
+        if self.pending is not None and self.pending.is_written():
+            self.finish_save()
         if not step.is_finite:
             self._stop(step.grad_norm)
         bar.update()
@@ -247,6 +284,7 @@ class _Segment:
 
     def _stop(self, grad_norm: float) -> None:
         """Every rank raises: the gradient's norm is the same number on all of them."""
+        self.finish_save()
         saved = checkpoint.latest(self.folder)
         raise RuntimeError(
             f"found loss {self.trainer.take_loss()} and gradient norm {grad_norm} at iteration {self.iteration}, "
@@ -270,10 +308,10 @@ def load_target(
     seq_length: int,
     seed: int = 0,
 ) -> Target:
-    """Collective: the target with the weights of a checkpoint, to be used as it is (not trained)."""
+    """Collective: the target with the weights of a checkpoint of any layout, to be used as it is (not trained)."""
     dtype = choose_dtype(platform)
     target = build_target(target_config, architecture, groups, seq_length=seq_length, params_dtype=dtype, seed=seed)
-    load_target_weights(target, checkpoint.load_weights(path, groups))
+    load_target_weights_from(path, target, groups)
     for chunk in target:
         chunk.requires_grad_(False)
     return target

@@ -248,6 +248,8 @@ def _train_target(session: Session, folder: Path, arm: str, round_number: int, p
         progress=session.show_progress,
         num_workers=config.data.num_workers,
         init_seed=derive_seed(config.seed, "target"),
+        keep=config.checkpoint.keep,
+        async_save=config.checkpoint.async_save,
     )
     points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
     return {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}

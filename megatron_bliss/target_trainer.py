@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from torch import Tensor
 from megatron_bliss.config import OptimizerConfig, PretrainingConfig
 from megatron_bliss.data.sequences import MicroBatch
 from megatron_bliss.models.target import Target, TargetChunk
-from megatron_bliss.parallel import Groups
+from megatron_bliss.parallel import Groups, all_gather_object
 
 
 @dataclass(frozen=True)
@@ -155,53 +154,25 @@ class TargetTrainer:
         """torch's (or Apex's) optimizers inside megatron-core's; none for a rank that holds no part of them."""
         return [outer.optimizer for outer in self.optimizer.chained_optimizers if outer.optimizer is not None]
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The same on every data-parallel rank."""
-        return target_weights(self.target)
+    def loss_parts(self) -> list[list[float]]:
+        """Collective: what each data-parallel replica summed up for the next :meth:`take_loss`, by its rank."""
+        counted = self.groups.is_last_pipeline_stage and self.groups.tensor_model_parallel_rank == 0
+        mine = (self.groups.data_parallel_rank, self.loss_sum.tolist()) if counted else None
+        return [part for _, part in sorted(filter(None, all_gather_object(mine, self.groups)))]
 
-    def state(self) -> dict[str, Any]:
-        """What else this rank needs to go on bit for bit: its share of the optimizer, and the loss not yet logged."""
-        keeps_main_weights = self.target[0].config.params_dtype != torch.float32
-        return {
-            "optimizers": [inner.state_dict() for inner in self._inner_optimizers()],
-            "main_weights": [_parameters(inner) for inner in self._inner_optimizers()] if keeps_main_weights else [],
-            "loss_sum": self.loss_sum,
-        }
+    def resume(self, iteration: int, loss_parts: list[list[float]]) -> None:
+        """Go on after ``iteration`` iterations, with the losses not yet taken; weights and optimizer are loaded before.
 
-    def load(self, weights: dict[str, dict[str, Tensor]], state: dict[str, Any], iteration: int) -> None:
-        """Go on from a checkpoint after ``iteration`` iterations."""
-        load_target_weights(self.target, weights)
-        self.optimizer.reload_model_params()
-        inner_optimizers = self._inner_optimizers()
-        for inner, saved in zip(inner_optimizers, state["optimizers"], strict=True):
-            inner.load_state_dict(saved)
-        for inner, saved in zip(inner_optimizers, state["main_weights"]):  # noqa: B905 (empty in fp32)
-            for parameter, value in zip(_parameters(inner), saved, strict=True):
-                parameter.copy_(value)
-        self.loss_sum.copy_(state["loss_sum"])
+        With another number of replicas the first one takes all of them.
+        """
+        rank = self.groups.data_parallel_rank
+        if len(loss_parts) == self.groups.data_parallel_size:
+            mine = loss_parts[rank]
+        else:
+            mine = [math.fsum(column) if rank == 0 else 0.0 for column in zip(*loss_parts, strict=True)]
+        self.loss_sum.copy_(torch.tensor(mine, dtype=torch.float64))
         self.scheduler.num_steps = iteration
         self.scheduler.step(0)
-
-
-def target_weights(target: Target) -> dict[str, dict[str, Tensor]]:
-    """This rank's weights by chunk and name."""
-    return {str(i): {name: p.detach() for name, p in chunk.named_parameters()} for i, chunk in enumerate(target)}
-
-
-@torch.no_grad()
-def load_target_weights(target: Target, weights: dict[str, dict[str, Tensor]]) -> None:
-    """Copy saved weights into the target; ValueError where names or shapes are not its own."""
-    for own, saved in ((dict(chunk.named_parameters()), weights[str(i)]) for i, chunk in enumerate(target)):
-        expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
-        found = {name: tuple(value.shape) for name, value in saved.items()}
-        if found != expected:
-            wrong = next(name for name in sorted(expected | found) if expected.get(name) != found.get(name))
-            raise ValueError(
-                f"found {wrong} of shape {found.get(wrong)} in the checkpoint, expected {expected.get(wrong)}: the "
-                "target's sizes (or the tokenizer) differ from those it was saved with"
-            )
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
 
 
 def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
@@ -238,10 +209,6 @@ def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.AdamW):
         for group in optimizer.param_groups:
             group.update(fused=True, foreach=False)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _scheduler(optimizer, settings: OptimizerConfig, total_iterations: int) -> OptimizerParamScheduler:
