@@ -28,8 +28,13 @@ CHANGEABLE = (
     "checkpoint",
     "run_folder",
     "platform.distributed_timeout_minutes",
+    "target.tensor_model_parallel_size",
+    "target.pipeline_model_parallel_size",
+    "target.sequence_parallel",
+    "pretraining.micro_batch_size",
+    "pretraining.use_distributed_optimizer",
 )
-"""Options that may differ when a run is continued: none of them changes a number."""
+"""Options that may differ when a run is continued: none changes a number (the target's layout: but for rounding)."""
 
 
 class RunFolder:

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bliss import checkpoint
+from megatron_bliss.bilevel.loop import run_steps
+from megatron_bliss.bilevel.train import World
 from megatron_bliss.config import PlatformConfig
+from megatron_bliss.metrics import MetricsLogger
 from megatron_bliss.models.target_state import boxes
 from megatron_bliss.pretraining import evaluate_loss, load_target
+from tests.bilevel.test_train import CONFIG, make_trainer
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
 
@@ -116,6 +121,41 @@ def test_a_run_goes_on_at_another_layout(prefix, tmp_path):
     compare(ranks[0][:2], expected[:2], atol=1e-4)
     compare(ranks[0][2:], expected[2:3], atol=3e-2)
     assert [loss for _, loss in ranks[3]] == [loss for _, loss in ranks[0]]
+
+
+def small_models(rank: int, world_size: int, folder: str, last_step: int) -> list[np.ndarray]:
+    """Bilevel steps on all ranks, saved every second one; proxy, score model, z and what was logged."""
+    with grouped(layout()) as groups:
+        world = World(groups.world_group, rank, world_size, groups.device)
+        trainer = make_trainer(CONFIG, torch.float64, world)
+        metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
+        run_steps(
+            trainer,
+            last_step,
+            folder=Path(folder),
+            save_interval=2,
+            log_interval=1,
+            metrics=metrics,
+            labels={"arm": "bliss", "round": 1, "stage": "bilevel"},
+            groups=groups,
+            show_progress=False,
+        )
+        metrics.close()
+    models = (trainer.proxy, trainer.score_model)
+    weights = [torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy() for model in models]
+    return [*weights, trainer.z.numpy()]
+
+
+def test_proxy_and_score_model_go_on_with_another_number_of_ranks(tmp_path):
+    folders = [str(tmp_path / name) for name in ("whole", "ranks", "alone")]
+    expected = small_models(0, 1, folders[0], 5)
+    run_distributed(small_models, 2, folders[1], 3)
+    small_models(0, 1, folders[2], 3)
+    assert checkpoint.load_state(tmp_path / "ranks" / "latest.pt")["steps_done"] == 2
+    found = [small_models(0, 1, folders[1], 5), *run_distributed(small_models, 2, folders[2], 5)]
+    for values in found:
+        for value, expected_value in zip(values, expected, strict=True):
+            np.testing.assert_allclose(value, expected_value, rtol=0, atol=1e-10 * np.abs(expected_value).max())
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 4), (1, 6), (6, 1)])

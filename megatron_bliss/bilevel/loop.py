@@ -40,10 +40,14 @@ def run_steps(
     groups: Groups,
     show_progress: bool,
 ) -> None:
-    """Train to ``total_steps``, from the state in ``folder`` if any; a resumed run equals an uninterrupted one."""
+    """Train to ``total_steps``, from the state in ``folder`` if any; a resumed run equals an uninterrupted one.
+
+    The state is the same on every rank and written once, so that any number of ranks can go on from it.
+    """
     path = folder / "latest.pt"
-    if path.is_file():
-        trainer.load_state_dict(checkpoint.load_state(path, groups.device))
+    with failing_together(groups):
+        if path.is_file():
+            trainer.load_state_dict(checkpoint.load_state(path, groups.device))
     metrics.truncate(**labels, step=trainer.steps_done)
     description = " ".join(["warm-up" if not labels["round"] else f"round {labels['round']}", labels["stage"]])
     with progress(
