@@ -18,7 +18,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -56,9 +55,9 @@ class TargetTrainer:
     ) -> None:
         self.target, self.groups, self.config, self.seq_length = target, groups, config, seq_length
         self.num_micro_batches = num_micro_batches(config, groups)
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
-        )
+        # With one replica there is nothing to divide: megatron-core would copy weights and gradients onto themselves.
+        is_divided = config.use_distributed_optimizer and groups.data_parallel_size > 1
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=is_divided)
         self.wrapped = [
             DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=groups.collection)
             for chunk in target
@@ -66,7 +65,7 @@ class TargetTrainer:
         model_config = target[0].config
         model_config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config, model_config.params_dtype),
+            _optimizer_config(config, model_config.params_dtype, is_divided),
             self.wrapped,
             use_gloo_process_groups=False,
             pg_collection=groups.collection,
@@ -120,9 +119,7 @@ class TargetTrainer:
         self.optimizer.prepare_grads()
         step = Step(self._gradient_norm(), self.scheduler.get_lr({}))
         if step.is_finite:
-            limit = self.config.optimizer.clip_grad
-            if limit > 0 and self.optimizer.get_parameters():
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), limit, step.grad_norm)
+            _clip(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, step.grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(1)
         return step
@@ -187,7 +184,9 @@ def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
     return config.global_batch_size // at_once
 
 
-def _optimizer_config(config: PretrainingConfig, params_dtype: torch.dtype) -> MegatronOptimizerConfig:
+def _optimizer_config(
+    config: PretrainingConfig, params_dtype: torch.dtype, use_distributed_optimizer: bool
+) -> MegatronOptimizerConfig:
     settings = config.optimizer
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -200,8 +199,16 @@ def _optimizer_config(config: PretrainingConfig, params_dtype: torch.dtype) -> M
         clip_grad=settings.clip_grad,
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
-        use_distributed_optimizer=config.use_distributed_optimizer,
+        use_distributed_optimizer=use_distributed_optimizer,
     )
+
+
+def _clip(parameters: list[Tensor], limit: float, grad_norm: float) -> None:
+    """Scale gradients down to the norm ``limit`` (0: never), in place; megatron-core without Apex makes copies."""
+    scale = limit / (grad_norm + 1e-6)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients and 0 < scale < 1:
+        torch._foreach_mul_(gradients, scale)
 
 
 def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:

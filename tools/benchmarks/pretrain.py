@@ -32,6 +32,7 @@ LABELS = {
     "huggingface": "transformers, SDPA, fused AdamW",
     "unfused": "megatron-core, own local layers",
 }
+HEADER = ("case", "tokens/s", "seconds a step", "memory MiB", "of it between steps", "utilisation")
 PROMISED = (
     "tokens_per_second_vs_huggingface",
     "tokens_per_second_vs_unfused",
@@ -129,9 +130,7 @@ def _times(
 
 
 def _groups(options: argparse.Namespace) -> parallel.Groups:
-    platform = PlatformConfig(
-        device=options.device, params_dtype=options.dtype, deterministic=options.deterministic
-    )
+    platform = PlatformConfig(device=options.device, params_dtype=options.dtype, deterministic=options.deterministic)
     return parallel.initialize(platform, TargetConfig(), seed=1)
 
 
@@ -212,7 +211,7 @@ def markdown(result: dict, command: str) -> str:
         f"`{command}`\n\n{machine}.",
         __doc__.split("\n\n", 1)[1].strip().replace("\n", " "),
         f"## {result['model']}",
-        _table(("case", "tokens/s", "seconds a step", "memory MiB", "of it between steps", "utilisation"), _rows(result)),
+        _table(HEADER, _rows(result)),
         _table(("figure", "ratio"), [(name, _number(result[name], "{:.3f}")) for name in PROMISED]),
     ]
     return "\n\n".join(parts) + "\n"
