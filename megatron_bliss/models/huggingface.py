@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.files import read_json, write_json
-from megatron_bliss.models.convert import huggingface_layout, shapes
+from megatron_bliss.models.convert import Layout, huggingface_layout, shapes
 from megatron_bliss.models.presets import Architecture
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -193,12 +193,15 @@ def _check_exportable(arch: Architecture) -> None:
 class WeightFiles:
     """The safetensors of a folder: ``files(name)`` reads one tensor. Names and shapes are checked on opening."""
 
-    def __init__(self, folder: str | Path, arch: Architecture) -> None:
-        """ValueError for pickles, paths that leave the folder, and anything but the architecture's tensors."""
+    def __init__(self, folder: str | Path, arch: Architecture, layout: Layout | None = None) -> None:
+        """ValueError for pickles, paths that leave the folder, and anything but the architecture's tensors.
+
+        ``layout`` is that of a causal language model where none is given.
+        """
         self.folder = Path(folder)
         self._file_of = _files_by_name(self.folder)
         self._open: dict[str, Any] = {}
-        self.shapes = shapes(arch, huggingface_layout(arch))
+        self.shapes = shapes(arch, huggingface_layout(arch) if layout is None else layout)
         spare = "embed_out.weight" if arch.architecture == "gpt_neox" else "lm_head.weight"
         tied = () if arch.untie_embeddings_and_output_weights else (spare,)
         unknown = [n for n in self._file_of if n not in self.shapes and n not in tied and not n.endswith(BUFFERS)]
