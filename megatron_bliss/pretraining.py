@@ -112,7 +112,11 @@ def train_segment(
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start, pretrained)
     log = _Log(metrics, log_interval, progress and groups.is_main, arm=arm, round=round, stage=stage)
-    segment.run(config.eval_interval, save_interval, evaluate, log)
+    try:
+        segment.run(config.eval_interval, save_interval, evaluate, log)
+    finally:
+        if segment.pending is not None:  # an error: leave no thread that writes where the next attempt does
+            segment.pending.wait()
     tokens = (last_iteration - first_iteration) * segment.tokens_per_iteration
     result = SegmentResult(
         evaluations=segment.evaluations,

@@ -75,6 +75,11 @@ class Save:
         is_busy = self._thread is not None and self._thread.is_alive()
         return not max_over_ranks(float(is_busy), self._groups)
 
+    def wait(self) -> None:
+        """Wait for this rank's thread, if any: nothing writes to the folder any more. Not collective."""
+        if self._thread is not None:
+            self._thread.join()
+
     def finish(self) -> Path:
         """Collective: wait for the files, complete the checkpoint, give it its name, drop all but the newest ``keep``.
 
@@ -82,8 +87,7 @@ class Save:
         """
         if self._thread is None:
             self._write()
-        else:
-            self._thread.join()
+        self.wait()
         fail_together(self._error, self._groups)
         written = all_gather_object((self._writer.results, self._files), self._groups)
         with failing_together(self._groups):

@@ -16,6 +16,7 @@ from megatron_bliss import checkpoint
 from megatron_bliss.config import OptimizerConfig, PlatformConfig
 from megatron_bliss.models.target import last_hidden_states, output_weight
 from megatron_bliss.pretraining import evaluate_loss, load_target
+from megatron_bliss.target_checkpoint import save_target
 from tests.distributed import run_distributed
 from tests.targets import (
     LLAMA,
@@ -276,6 +277,41 @@ def test_another_index_under_the_same_name_is_noticed(tmp_path):
         _, fresh = train(groups, layout(), prefix, tmp_path / "other", iterations=5, total_iterations=9)
         _, rebuilt = train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
     assert without_times(rebuilt) == without_times(fresh)
+
+
+def test_training_starts_from_a_checkpoint_of_weights_alone(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        path = save_target(tmp_path / "weights", 0, make_target(layout(), groups, seed=7), groups, shared={})
+        found, _ = train(groups, layout(), prefix, tmp_path / "from", start=path, iterations=4)
+        expected, _ = train(groups, layout(), prefix, tmp_path / "drawn", init_seed=7, iterations=4)
+        assert written(found.checkpoint) == written(expected.checkpoint)
+
+
+def test_another_padding_of_the_vocabulary_is_the_same_model(prefix, tmp_path):
+    """128 rows, 104 and 128 again: padding is zero and is trained by nobody."""
+    with grouped(layout()) as groups:
+        train(groups, layout(), prefix, tmp_path / "whole", iterations=6)
+        for name, divisible_by, last in (("mixed", 128, 2), ("mixed", 8, 4), ("mixed", 128, 6)):
+            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
+            options = {"iterations": last, "total_iterations": 6}
+            mixed, _ = train(groups, config, prefix, tmp_path / name, **options)
+        whole = checkpoint.latest(tmp_path / "whole" / "segment")
+        losses = []
+        for path, divisible_by in ((whole, 128), (mixed.checkpoint, 128), (mixed.checkpoint, 4)):
+            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
+            options = {"architecture": NEOX, "platform": PlatformConfig(), "seq_length": SEQ_LENGTH}
+            target = load_target(path, target_config=config, groups=groups, **options)
+            losses.append(evaluate_loss(target, make_batches(), groups))
+    np.testing.assert_allclose(losses, losses[0], rtol=0, atol=1e-5)
+
+
+def test_an_fp32_checkpoint_goes_on_in_bf16(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        whole, _ = train(groups, layout(), prefix, tmp_path / "whole", evaluate=evaluator(groups), iterations=8)
+        for platform, last in ((PlatformConfig(), 4), (PlatformConfig(params_dtype="bf16"), 8)):
+            options = {"platform": platform, "evaluate": evaluator(groups), "total_iterations": 8}
+            mixed, _ = train(groups, layout(), prefix, tmp_path / "mixed", iterations=last, **options)
+    assert mixed.evaluations[-1][2]["held_out"] == pytest.approx(whole.evaluations[-1][2]["held_out"], abs=0.03)
 
 
 def test_other_sizes_than_the_checkpoint_are_refused(prefix, tmp_path):
