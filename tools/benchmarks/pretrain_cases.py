@@ -147,7 +147,8 @@ def unfused(settings: Settings, groups: Groups) -> Callable[[], float]:
     """Mean loss of a step of megatron-core's local layers under its own data parallelism and optimizer."""
     arch, dtype = settings.arch, DTYPES[settings.dtype]
     config = transformer_config(TargetConfig(), arch, dtype)
-    config.init_method = config.output_layer_init_method = partial(torch.nn.init.normal_, std=arch.init_method_std)
+    normal = partial(torch.nn.init.normal_, std=arch.init_method_std)
+    config.init_method = config.output_layer_init_method = config.embedding_init_method = normal
     torch.manual_seed(1)
     model = _Unfused(
         config,
