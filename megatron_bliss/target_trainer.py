@@ -207,8 +207,13 @@ def _clip(parameters: list[Tensor], limit: float, grad_norm: float) -> None:
     """Scale gradients down to the norm ``limit`` (0: never), in place; megatron-core without Apex makes copies."""
     scale = limit / (grad_norm + 1e-6)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients and 0 < scale < 1:
+    if not gradients or not 0 < scale < 1:
+        return
+    if gradients[0].is_cuda:
         torch._foreach_mul_(gradients, scale)
+        return
+    for gradient in gradients:
+        gradient.mul_(scale)
 
 
 def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:
