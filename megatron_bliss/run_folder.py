@@ -30,9 +30,16 @@ CHANGEABLE = (
     "platform.distributed_timeout_minutes",
     "target.tensor_model_parallel_size",
     "target.pipeline_model_parallel_size",
+    "target.virtual_pipeline_model_parallel_size",
     "target.sequence_parallel",
+    "target.recompute_granularity",
+    "target.recompute_method",
+    "target.recompute_num_layers",
+    "target.recompute_modules",
     "pretraining.micro_batch_size",
     "pretraining.use_distributed_optimizer",
+    "pretraining.overlap_grad_reduce",
+    "pretraining.overlap_param_gather",
 )
 """Options that may differ when a run is continued: none changes a number (the target's layout: but for rounding)."""
 

@@ -19,7 +19,10 @@ import orjson
 from megatron_bliss.files import read_json
 from megatron_bliss.metrics import format_seconds
 
-STAGE_ORDER = ("warmup", "warmup target", "warmup proxy", "bilevel", "score", "select", "pretrain", "evaluate")
+STAGE_ORDER = (
+    *("warmup", "warmup target", "warmup decay_branch", "warmup proxy"),
+    *("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"),
+)
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"
 """The arms that the speed-up compares."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_bliss.bilevel.vector import accumulation_dtype
+from megatron_bliss.bilevel.kernels import Kernels
 from megatron_bliss.models.operations import Rotary, merge_heads, rotate, split_heads
 from megatron_bliss.models.presets import Architecture
 
@@ -56,16 +56,16 @@ class DualAttention(Function):
     """Packed [2, b, s, (H + 2G) d] of values and tangents to [2, b, s, H d]; saves its input alone."""
 
     @staticmethod
-    def forward(ctx, packed: Tensor, rotary: Rotary, arch: Architecture, coupled: bool) -> Tensor:
+    def forward(ctx, packed: Tensor, rotary: Rotary, arch: Architecture, coupled: bool, kernels: Kernels) -> Tensor:
         query, key, value = _unpack(packed, rotary, arch)
         out = torch.empty_like(query)
         for block in _blocks(*query.shape[1:4], packed.device):
-            p, p_tangent = _probabilities(query, key, block)
+            p, p_tangent = _probabilities(query, key, block, kernels)
             v, v_tangent = value[0, block.heads, : block.last], value[1, block.heads, : block.last]
             _store(out, 0, block, torch.bmm(p, v))
             _store(out, 1, block, torch.bmm(p_tangent, v).baddbmm_(p, v_tangent))
         ctx.save_for_backward(packed)
-        ctx.rotary, ctx.arch, ctx.coupled = rotary, arch, coupled
+        ctx.rotary, ctx.arch, ctx.coupled, ctx.kernels = rotary, arch, coupled, kernels
         return merge_heads(out.unflatten(1, (packed.shape[1], arch.num_query_groups)))
 
     @staticmethod
@@ -77,8 +77,8 @@ class DualAttention(Function):
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         walk = _coupled_block if ctx.coupled else _uncoupled_block
         for block in _blocks(*query.shape[1:4], packed.device):
-            walk(query, key, value, adjoint, grads, block)
-        return _pack(*grads, packed, ctx.rotary, ctx.arch), None, None, None
+            walk(query, key, value, adjoint, grads, block, ctx.kernels)
+        return _pack(*grads, packed, ctx.rotary, ctx.arch), None, None, None, None
 
 
 def _unpack(packed: Tensor, rotary: Rotary, arch: Architecture) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,27 +114,25 @@ def _store(stack: Tensor, index: int, block: _Block, rows: Tensor) -> None:
     target.copy_(rows.view(target.shape))
 
 
-def _probabilities(query: Tensor, key: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+def _probabilities(query: Tensor, key: Tensor, block: _Block, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """P and Ṗ [heads, r queries, keys] of one block."""
     q, q_tangent = _load(query, 0, block), _load(query, 1, block)
     k, k_tangent = (key[i, block.heads, : block.last].transpose(1, 2) for i in (0, 1))
-    p = _softmax(torch.bmm(q, k), block)
-    p_tangent = torch.bmm(q_tangent, k).baddbmm_(q, k_tangent).to(p.dtype).mul_(p)
-    p_tangent.addcmul_(p, p_tangent.sum(-1, keepdim=True), value=-1)
-    return p.to(query.dtype), p_tangent.to(query.dtype)
+    scores_tangent = torch.bmm(q_tangent, k).baddbmm_(q, k_tangent)
+    return kernels.softmax_pair(_without_future(torch.bmm(q, k), block), scores_tangent)
 
 
-def _softmax(scores: Tensor, block: _Block) -> Tensor:
+def _without_future(scores: Tensor, block: _Block) -> Tensor:
+    """Scores [n, r queries, keys] with -inf where a key lies after its query, in place."""
     size = block.last - block.first
     future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
-    diagonal = scores.view(scores.shape[0], -1, size, block.last)[..., block.first :]
-    diagonal.masked_fill_(future, float("-inf"))
-    return torch.softmax(scores, -1, dtype=accumulation_dtype(scores.dtype))
+    scores.view(scores.shape[0], -1, size, block.last)[..., block.first :].masked_fill_(future, float("-inf"))
+    return scores
 
 
-def _coupled_block(query, key, value, adjoint, grads, block: _Block) -> None:
+def _coupled_block(query, key, value, adjoint, grads, block: _Block, kernels: Kernels) -> None:
     """Add one block's adjoints and their tangents to ``grads`` (queries, keys, values)."""
-    p, p_tangent = _probabilities(query, key, block)
+    p, p_tangent = _probabilities(query, key, block, kernels)
     past = block.heads, slice(block.last)
     v, v_tangent = (value[i][past].transpose(1, 2) for i in (0, 1))
     bar, dot = _load(adjoint, 1, block), _load(adjoint, 0, block)
@@ -142,17 +140,15 @@ def _coupled_block(query, key, value, adjoint, grads, block: _Block) -> None:
     grads[2][0][past].baddbmm_(p.transpose(1, 2), dot).baddbmm_(p_tangent.transpose(1, 2), bar)
     m = torch.bmm(bar, v)
     m_tangent = torch.bmm(dot, v).baddbmm_(bar, v_tangent)
-    m.sub_((p * m).sum(-1, keepdim=True))
-    n_tangent = m_tangent.mul_(p).addcmul_(p_tangent, m)
-    n = m.mul_(p)
-    n_tangent.addcmul_(p, n_tangent.sum(-1, keepdim=True), value=-1)
+    n, n_tangent = kernels.softmax_backward(p, p_tangent, m, m_tangent)
     _scores_backward(query, key, grads, block, n, n_tangent, coupled=True)
 
 
-def _uncoupled_block(query, key, value, adjoint, grads, block: _Block) -> None:
+def _uncoupled_block(query, key, value, adjoint, grads, block: _Block, kernels: Kernels) -> None:
     """Send two independent cotangents through one block's transposed Jacobian."""
     past = block.heads, slice(block.last)
-    p = _softmax(torch.bmm(_load(query, 0, block), key[0][past].transpose(1, 2)), block).to(query.dtype)
+    scores = torch.bmm(_load(query, 0, block), key[0][past].transpose(1, 2))
+    p = kernels.softmax(_without_future(scores, block))
     v = value[0][past].transpose(1, 2)
     parts = []
     for index in (0, 1):

@@ -17,6 +17,7 @@ l2_weight         lambda
 group             process group over which local sums are added; none: this rank alone
 micro_batch_size  samples that are worked on at once; 0: all
 recompute         recompute each block on the way back (True), keep graphs (False), or keep them while small (None)
+compiled          element-wise work by torch.compile (kernels.py)
 """
 
 from __future__ import annotations

@@ -19,15 +19,14 @@ Shapes: b batch, s sequence, w width in, o width out.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_bliss.bilevel.attention import DualAttention
-from megatron_bliss.bilevel.vector import accumulation_dtype, add_product
+from megatron_bliss.bilevel.kernels import EAGER, Kernels
+from megatron_bliss.bilevel.vector import add_product
 from megatron_bliss.models.operations import Rotary
 from megatron_bliss.models.presets import Architecture
 
@@ -49,9 +48,10 @@ class Duals:
         gradient: dict[str, Tensor] | None = None,
         product: dict[str, Tensor] | None = None,
         coupled: bool = True,
+        kernels: Kernels = EAGER,
     ):
         self.parameters, self.vector, self.prefix, self.rotary, self.arch = parameters, vector, prefix, rotary, arch
-        self.gradient, self.product, self.coupled = gradient, product, coupled
+        self.gradient, self.product, self.coupled, self.kernels = gradient, product, coupled, kernels
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x Wᵀ + bias."""
@@ -63,15 +63,15 @@ class Duals:
 
     def gelu(self, x: Tensor) -> Tensor:
         """x Φ(x)."""
-        return _Gelu.apply(x, self.coupled)
+        return _Gelu.apply(x, self)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(gate) * up, of x packed [gate | up]."""
-        return _SwiGLU.apply(x, self.coupled)
+        return _SwiGLU.apply(x, self)
 
     def attention(self, packed: Tensor) -> Tensor:
         """Causal softmax attention of packed [queries | keys | values] with rotary positions."""
-        return DualAttention.apply(packed, self.rotary, self.arch, self.coupled)
+        return DualAttention.apply(packed, self.rotary, self.arch, self.coupled, self.kernels)
 
 
 class _Linear(Function):
@@ -116,135 +116,61 @@ class _Linear(Function):
 
 
 class _Norm(Function):
-    """y = u w + c with u = rho (x - mean x), rho = (mean (x - mean x)² + eps)^-1/2; RMSNorm has no mean and no c.
-
-    The Jacobian of u is rho P with the symmetric P(v) = v - mean v - u mean(u v), and the tangent of rho is
-    -rho² mean(u ẋ).
-    """
+    """LayerNorm or RMSNorm (``kernels.norm``)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, ops: Duals, name: str) -> Tensor:
-        centred = ops.arch.architecture == "gpt_neox"
-        precise = x.to(accumulation_dtype(x.dtype))
-        value, tangent = precise[0], precise[1]
-        if centred:
-            unit, _, rho = torch.native_layer_norm(value, value.shape[-1:], None, None, ops.arch.norm_epsilon)
-        else:
-            rho = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + ops.arch.norm_epsilon)
-            unit = value * rho
-        along = (unit * tangent).mean(-1, keepdim=True)
-        unit_tangent = _project(tangent, unit, along, centred).mul_(rho)
-        weight, weight_tangent = ops.parameters[name + ".weight"], ops.vector[name + ".weight"]
-        out = torch.stack((unit * weight, unit_tangent * weight))
-        out[1].addcmul_(unit, weight_tangent)
-        if centred:
-            out[0].add_(ops.parameters[name + ".bias"])
-            out[1].add_(ops.vector[name + ".bias"])
-        ctx.save_for_backward(unit, unit_tangent, rho, along)
-        ctx.ops, ctx.name, ctx.centred = ops, name, centred
-        return out.to(x.dtype)
+        weight, bias = name + ".weight", name + ".bias"
+        parameters, vector = ops.parameters, ops.vector
+        biases = (parameters[bias], vector[bias]) if ops.arch.architecture == "gpt_neox" else (None, None)
+        out, *saved = ops.kernels.norm(x, parameters[weight], vector[weight], *biases, ops.arch.norm_epsilon)
+        ctx.save_for_backward(*saved)
+        ctx.ops, ctx.name = ops, name
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, adjoint: Tensor):
-        unit, unit_tangent, rho, along = ctx.saved_tensors
-        ops, name, centred = ctx.ops, ctx.name, ctx.centred
-        weight = ops.parameters[name + ".weight"]
-        adjoint = adjoint.to(unit.dtype)
-        y_dot, y_bar = adjoint[0], adjoint[1]
-        bar, dot = y_bar * weight, y_dot * weight
-        bar_along = (bar * unit).mean(-1, keepdim=True)
-        out = torch.empty_like(adjoint)
-        projected = _project(bar, unit, bar_along, centred)
-        torch.mul(projected, rho, out=out[1])
-        if ops.coupled:
-            dot.addcmul_(y_bar, ops.vector[name + ".weight"])
-            dot_along = (dot * unit).add_(bar * unit_tangent).mean(-1, keepdim=True)
-            change = _project(dot, unit, dot_along, centred).addcmul_(unit_tangent, bar_along, value=-1)
-            torch.mul(change.addcmul_(projected, along * rho, value=-1), rho, out=out[0])
-        else:
-            dot_along = (dot * unit).mean(-1, keepdim=True)
-            torch.mul(_project(dot, unit, dot_along, centred), rho, out=out[0])
-        _add_norm_sums(ops, name, y_dot, y_bar, unit, unit_tangent)
-        return out.to(ops.parameters[name + ".weight"].dtype), None, None
-
-
-def _project(v: Tensor, unit: Tensor, along: Tensor, centred: bool) -> Tensor:
-    """v - mean v - unit * along, a new tensor; without the mean for RMSNorm."""
-    v = v - v.mean(-1, keepdim=True) if centred else v.clone()
-    return v.addcmul_(unit, along, value=-1)
-
-
-def _add_norm_sums(ops: Duals, name: str, y_dot: Tensor, y_bar: Tensor, unit: Tensor, unit_tangent: Tensor) -> None:
-    rows = tuple(range(y_bar.ndim - 1))
-    ops.gradient[name + ".weight"].add_((y_bar * unit).sum(rows))
-    change = y_dot * unit
-    if ops.coupled:
-        change.addcmul_(y_bar, unit_tangent)
-    ops.product[name + ".weight"].add_(change.sum(rows))
-    if name + ".bias" in ops.parameters:
-        ops.gradient[name + ".bias"].add_(y_bar.sum(rows))
-        ops.product[name + ".bias"].add_(y_dot.sum(rows))
+        ops, weight, bias = ctx.ops, ctx.name + ".weight", ctx.name + ".bias"
+        centred = ops.arch.architecture == "gpt_neox"
+        out, sums = ops.kernels.norm_backward(
+            adjoint, *ctx.saved_tensors, ops.parameters[weight], ops.vector[weight], centred, ops.coupled
+        )
+        ops.gradient[weight].add_(sums.weight_gradient)
+        ops.product[weight].add_(sums.weight_product)
+        if centred:
+            ops.gradient[bias].add_(sums.bias_gradient)
+            ops.product[bias].add_(sums.bias_product)
+        return out, None, None
 
 
 class _Gelu(Function):
-    """y = x Φ(x): y' = Φ + x φ, y'' = (2 - x²) φ, with Φ and φ the normal distribution function and its density.
-
-    y' and y'' ẋ are made in the forward pass, where the one costly erf is, and are all that the backward pass needs.
-    """
+    """``kernels.gelu``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, coupled: bool) -> Tensor:
-        precise = x.to(accumulation_dtype(x.dtype))
-        value, tangent = precise[0], precise[1]
-        distribution = torch.erf(value * math.sqrt(0.5)).add_(1.0).mul_(0.5)
-        square = value * value
-        density = torch.exp(square * -0.5).mul_(1.0 / math.sqrt(2.0 * math.pi))
-        out = torch.empty_like(precise)
-        torch.mul(value, distribution, out=out[0])
-        first = distribution.addcmul_(value, density)
-        torch.mul(first, tangent, out=out[1])
-        second = square.neg_().add_(2.0).mul_(density).mul_(tangent) if coupled else None
-        ctx.save_for_backward(first, second)
-        return out.to(x.dtype)
+    def forward(ctx, x: Tensor, ops: Duals) -> Tensor:
+        out, *saved = ops.kernels.gelu(x, ops.coupled)
+        ctx.save_for_backward(*saved)
+        ctx.ops = ops
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, adjoint: Tensor):
-        first, second = ctx.saved_tensors
-        out = adjoint * first
-        if second is not None:
-            out[0].addcmul_(adjoint[1], second)
-        return out.to(adjoint.dtype), None
+        return ctx.ops.kernels.gelu_backward(adjoint, *ctx.saved_tensors), None
 
 
 class _SwiGLU(Function):
-    """y = f(g) u with f(g) = g sigma(g), sigma the logistic function: f' = sigma + f (1 - sigma)."""
+    """``kernels.swiglu``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, coupled: bool) -> Tensor:
-        precise = x.to(accumulation_dtype(x.dtype))
-        (gate, up), (gate_tangent, up_tangent) = precise[0].chunk(2, -1), precise[1].chunk(2, -1)
-        logistic = torch.sigmoid(gate)
-        silu = gate * logistic
-        first = logistic + silu * (1.0 - logistic)
-        y_tangent = (first * gate_tangent).mul_(up).addcmul_(silu, up_tangent)
-        ctx.save_for_backward(precise, logistic, silu, first)
-        ctx.coupled = coupled
-        return torch.stack((silu * up, y_tangent)).to(x.dtype)
+    def forward(ctx, x: Tensor, ops: Duals) -> Tensor:
+        out, *saved = ops.kernels.swiglu(x)
+        ctx.save_for_backward(*saved)
+        ctx.ops = ops
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, adjoint: Tensor):
-        x, logistic, silu, first = ctx.saved_tensors
-        up = x[0].chunk(2, -1)[1]
-        out = torch.empty_like(x)
-        gate_out, up_out = out.chunk(2, -1)
-        torch.mul(adjoint, silu, out=up_out)
-        torch.mul(adjoint, first * up, out=gate_out)
-        if ctx.coupled:
-            gate_tangent, up_tangent = x[1].chunk(2, -1)
-            second = (1.0 - logistic).mul_(logistic + first).addcmul_(silu, logistic * (1.0 - logistic), value=-1)
-            up_out[0].addcmul_(adjoint[1], first * gate_tangent)
-            gate_out[0].addcmul_(adjoint[1], (second * gate_tangent).mul_(up).addcmul_(first, up_tangent))
-        return out.to(adjoint.dtype), None
+        return ctx.ops.kernels.swiglu_backward(adjoint, *ctx.saved_tensors, ctx.ops.coupled), None

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bliss.bilevel.kernels import EAGER, Kernels
 from megatron_bliss.bilevel.vector import accumulation_dtype, add_product
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -58,6 +59,7 @@ class Terms(NamedTuple):
     """Coefficients k [N] of the KL; not used without a teacher."""
     teacher: Teacher | None
     kl_direction: str
+    kernels: Kernels = EAGER
 
 
 class HeadResult(NamedTuple):
@@ -197,7 +199,7 @@ class _Chunks:
         at_label = logits.gather(1, labels).squeeze(1)
         kl, teacher = torch.zeros_like(at_label), None
         if self.terms.teacher is None:
-            normaliser = _softmax(logits, p)
+            normaliser = self.terms.kernels.log_softmax_sums(logits, p)
         elif self.terms.kl_direction == "target_to_proxy":
             kl, teacher, normaliser = self._target_to_proxy(rows, p, logits)
         else:
@@ -207,16 +209,16 @@ class _Chunks:
 
     def _target_to_proxy(self, rows: slice, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         teacher = self._teacher_logits(rows)
-        teacher_normaliser = _softmax(teacher, p)
+        teacher_normaliser = self.terms.kernels.log_softmax_sums(teacher, p)
         mean = teacher.sub_(logits).mul_(p).sum(1)
         teacher.copy_(p)
-        normaliser = _softmax(logits, p)
+        normaliser = self.terms.kernels.log_softmax_sums(logits, p)
         return mean + normaliser - teacher_normaliser, teacher, normaliser
 
     def _proxy_to_target(self, rows: slice, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         teacher = self._teacher_logits(rows)
-        teacher_normaliser = _softmax(teacher, p)
-        normaliser = _softmax(logits, p)
+        teacher_normaliser = self.terms.kernels.log_softmax_sums(teacher, p)
+        normaliser = self.terms.kernels.log_softmax_sums(logits, p)
         difference = torch.sub(logits, teacher, out=teacher)
         mean = torch.mul(p, difference, out=logits).sum(1)
         difference.sub_(mean.unsqueeze(1)).mul_(p)
@@ -242,8 +244,7 @@ class _Chunks:
         at_label = logits.gather(1, loss.labels).squeeze(1)
         second_order = f is not None and not gauss_newton and self.terms.kl_direction == "proxy_to_target"
         scratch = torch.mul(f, logits, out=self.buffer(3, len(p))) if second_order else None
-        mean = logits.mul_(p).sum(1)
-        logits.addcmul_(p, mean.unsqueeze(1), value=-1)
+        mean = self.terms.kernels.centre(logits, p)
         if second_order:
             kl_tangent = scratch.sum(1, keepdim=True)
             scratch.addcmul_(f, mean.unsqueeze(1), value=-1).addcmul_(p, kl_tangent, value=-1)
@@ -285,9 +286,3 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out=out)
     else:
         out.copy_(hidden @ weight.t())
-
-
-def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """out = softmax(logits); returns log Σ exp(logits) [R], since the largest probability is exp(largest logit) / Σ."""
-    torch.softmax(logits, -1, out=out)
-    return logits.amax(1) - out.amax(1).log()

@@ -1,19 +1,26 @@
 """How large a bilevel step gets, and the largest micro-batch that stays under a limit.
 
-Counted above what any such step must hold (parameters, optimiser states, z, the gradient and the product): activations,
-block inputs, head chunks. An estimate from shapes, the same on every machine; allocators add their own on top.
+Counted above what is held between two steps (parameters, optimiser states, z). A step has two peaks in turn:
+
+    the walk          b = grad Phi, the gradient of G and C z (three vectors as large as the proxy), head chunks, blocks
+    the score model   its gradient twice (the sum, and a micro-batch's) and the graph of its ordinary backward pass
+
+An estimate from shapes, the same on every machine. ``tools/benchmark.py memory`` holds it against measured peaks;
+allocators may add their own on top.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bliss.bilevel.head import CHUNK_ELEMENTS
-from megatron_bliss.models.presets import Architecture
+import torch
+
+from megatron_bliss.bilevel.head import chunk_size
+from megatron_bliss.models.presets import Architecture, parameter_count
 
 GIB = 2**30
-HEAD_BUFFERS = 4
-"""Chunk buffers [tokens, vocabulary]: probabilities, tangents, the teacher's, one of scratch."""
+VECTORS = 3
+"""Vectors in the proxy's parameter space that live at once during the walk, in the precision of sums."""
 BLOCK_FACTOR = 2
 """A block's backward pass holds adjoints beside the activations they belong to."""
 
@@ -29,37 +36,52 @@ class StepPlan:
 
 def block_elements(arch: Architecture) -> int:
     """Elements that one block's graph keeps per token, for plain values."""
-    ffn_tensors = 3 if arch.architecture == "gpt_neox" else 5
+    ffn_tensors = 2 if arch.architecture == "gpt_neox" else 4
     return 5 * arch.hidden_size + 2 * arch.query_key_value_size + ffn_tensors * arch.ffn_hidden_size
 
 
-def step_bytes(arch: Architecture, samples: int, seq_length: int, *, recompute: bool, element_size: int = 4) -> int:
-    """Estimated peak of one upper step over ``samples`` x ``seq_length`` tokens at once.
+def step_bytes(
+    arch: Architecture,
+    samples: int,
+    seq_length: int,
+    *,
+    recompute: bool,
+    element_size: int = 4,
+    device: str = "cpu",
+    teacher: bool = False,
+) -> int:
+    """Estimated peak of one upper step over ``samples`` x ``seq_length`` tokens at once."""
+    sizes = {"recompute": recompute, "element_size": element_size, "device": device, "teacher": teacher}
+    return max(_walk_bytes(arch, samples * seq_length, **sizes), _score_bytes(arch, samples * seq_length, element_size))
 
-    The largest of the walk (dual numbers) and the score model's backward pass (plain values, graph kept).
-    """
-    tokens = samples * seq_length
-    head = HEAD_BUFFERS * min(CHUNK_ELEMENTS["cpu"], tokens * arch.vocab_size) * 4
+
+def _walk_bytes(
+    arch: Architecture, tokens: int, *, recompute: bool, element_size: int, device: str, teacher: bool
+) -> int:
+    buffers = 4 if teacher else 2
+    head = buffers * chunk_size(tokens, arch.vocab_size, torch.device(device)) * arch.vocab_size * 4
     rows = 6 * tokens * arch.hidden_size  # hidden states at the head and their adjoints, each with a tangent
     graph = block_elements(arch) * tokens
     inputs = 2 * arch.num_layers * arch.hidden_size * tokens
-    blocks = inputs + 2 * BLOCK_FACTOR * graph if recompute else 2 * (arch.num_layers + BLOCK_FACTOR) * graph
-    score = (arch.num_layers + BLOCK_FACTOR) * graph
-    return max(head + (rows + blocks) * element_size, score * element_size)
+    blocks = inputs + 2 * BLOCK_FACTOR * graph if recompute else 2 * (arch.num_layers + 1) * graph
+    return 4 * VECTORS * parameter_count(arch) + max(head + rows * element_size, (rows + blocks) * element_size)
 
 
-def plan_step(
-    arch: Architecture, samples: int, seq_length: int, *, limit_gib: float, element_size: int = 4
-) -> StepPlan:
+def _score_bytes(arch: Architecture, tokens: int, element_size: int) -> int:
+    trunk = parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
+    return 4 * 2 * trunk + (arch.num_layers + 1) * block_elements(arch) * tokens * element_size
+
+
+def plan_step(arch: Architecture, samples: int, seq_length: int, *, limit_gib: float, **options) -> StepPlan:
     """The largest micro-batch of at most ``samples`` whose step is estimated to stay under ``limit_gib``.
 
-    Prefers a larger micro-batch with recomputation to a smaller one without. Raises ValueError when a single sample is
-    too large.
+    Prefers a larger micro-batch with recomputation to a smaller one without. ``options`` are those of ``step_bytes``.
+    Raises ValueError when a single sample is too large.
     """
     limit = int(limit_gib * GIB)
 
     def size(count: int, recompute: bool) -> int:
-        return step_bytes(arch, count, seq_length, recompute=recompute, element_size=element_size)
+        return step_bytes(arch, count, seq_length, recompute=recompute, **options)
 
     fitting = [count for count in range(1, samples + 1) if size(count, True) <= limit]
     if not fitting:

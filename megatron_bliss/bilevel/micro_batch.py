@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bliss.bilevel.head import KL_DIRECTIONS, HeadResult, Positions, Teacher, Terms
+from megatron_bliss.bilevel.kernels import kernels
 from megatron_bliss.bilevel.vector import accumulation_dtype
 from megatron_bliss.bilevel.walk import Scene
 from megatron_bliss.models.operations import rotary_table
@@ -26,6 +27,7 @@ class LowerLevel:
     num_samples: int
     micro_batch_size: int
     recompute: bool | None
+    compiled: bool = False
 
     def micro_batches(self, batch, weights: Tensor) -> Iterator[tuple]:
         """(batch, weights, teacher) of each micro-batch."""
@@ -48,6 +50,7 @@ def lower_level(
     num_samples: int | None = None,
     micro_batch_size: int = 0,
     recompute: bool | None = None,
+    compiled: bool = False,
 ) -> LowerLevel:
     """Check the options (curvature.py lists them), with ValueErrors that say what to change, and settle n."""
     check_direction(kl_direction)
@@ -65,7 +68,8 @@ def lower_level(
         if group is not None:
             dist.all_reduce(count, group=group)
         num_samples = int(count)
-    return LowerLevel(teacher if kl_weight else None, kl_weight, kl_direction, num_samples, micro_batch_size, recompute)
+    teacher = teacher if kl_weight else None
+    return LowerLevel(teacher, kl_weight, kl_direction, num_samples, micro_batch_size, recompute, compiled)
 
 
 def check_direction(kl_direction: str) -> None:
@@ -92,14 +96,15 @@ class MicroBatch:
         cross_entropy = (weights.detach().to(dtype) * self.share)[samples]
         divergence = (self.share * (lower.kl_weight / lower.num_samples))[samples]
         positions = Positions(samples, targets, labels)
-        self.terms = Terms(positions, cross_entropy, divergence, teacher, lower.kl_direction)
+        self.kernels = kernels(lower.compiled)
+        self.terms = Terms(positions, cross_entropy, divergence, teacher, lower.kl_direction, self.kernels)
 
     def scene(self, model: LanguageModel, **vectors) -> Scene:
         """What the operations of a pass over this micro-batch need."""
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         weight = parameters["embedding.weight"]
         rotary = rotary_table(model.architecture, self.length, weight.dtype, weight.device)
-        return Scene(model.architecture, parameters, rotary, **vectors)
+        return Scene(model.architecture, parameters, rotary, kernels=self.kernels, **vectors)
 
     def embed(self, scene: Scene, *, dual: bool) -> Tensor:
         """Embeddings [b, s, w], or with tangents [2, b, s, w]."""

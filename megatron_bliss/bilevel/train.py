@@ -233,6 +233,7 @@ class BilevelTrainer:
             "group": self.world.group,
             "micro_batch_size": self.micro_batch_size,
             "recompute": self.recompute,
+            "compiled": config.compile,
         }
 
     def _validation_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,6 +241,7 @@ class BilevelTrainer:
         batch = self.validation.at(self.steps_done).to(self.world.device)
         weights = curvature.validation_weights(batch, self.world.group)
         options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
+        options["compiled"] = self.config.compile
         loss, gradient = curvature.gradient(self._proxy_passes.refresh(), batch, weights, **options)
         return loss, gradient.flat
 
@@ -326,7 +328,15 @@ def _split(
         return config.micro_batch_size, None
     samples = max(schedule.stop - schedule.start for schedule in (train, validation))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
-    plan = plan_step(proxy.architecture, samples, seq_length, limit_gib=config.memory_limit_gib)
+    plan = plan_step(
+        proxy.architecture,
+        samples,
+        seq_length,
+        limit_gib=config.memory_limit_gib,
+        element_size=DTYPES[config.params_dtype].itemsize,
+        device=next(proxy.parameters()).device.type,
+        teacher=config.kl_weight > 0,
+    )
     return plan.micro_batch_size, plan.recompute
 
 

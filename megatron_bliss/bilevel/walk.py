@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.dual import Duals
+from megatron_bliss.bilevel.kernels import EAGER, Kernels
 from megatron_bliss.models.operations import Rotary, Values
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.transformer import BLOCKS, block_prefixes
@@ -32,10 +33,12 @@ class Scene:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     product: dict[str, Tensor] = field(default_factory=dict)
     gauss_newton: bool = False
+    kernels: Kernels = EAGER
 
     def duals(self, prefix: str) -> Duals:
         """Operations on (value, tangent) pairs for the parameters under ``prefix``."""
         sums = {"gradient": self.gradient, "product": self.product, "coupled": not self.gauss_newton}
+        sums["kernels"] = self.kernels
         return Duals(self.parameters, self.vector, prefix, self.rotary, self.arch, **sums)
 
     def values(self, prefix: str, parameters: dict[str, Tensor] | None = None) -> Values:

@@ -8,6 +8,7 @@ Shapes: b samples, s tokens.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +93,12 @@ class ValidationSet:
         """The samples ``ids`` as a :class:`Batch`."""
         tokens, mask, lengths = (torch.from_numpy(array) for array in self.corpus.gather(ids, self.seq_length))
         return Batch(tokens, mask, lengths, torch.from_numpy(np.array(ids)))
+
+
+def open_labelled(prefix: str, seq_length: int) -> BatchSource:
+    """A set to measure on: with its label mask where it has one, else every token of a plain corpus is labelled."""
+    kind = ValidationSet if os.path.isfile(f"{prefix}.labels.npy") else UnitDataset
+    return kind(prefix, seq_length)
 
 
 class SampleOrder:

@@ -1,6 +1,8 @@
-"""Training sequences of the target: megatron-core's GPTDataset over one prefix.
+"""Training sequences of the target: megatron-core's GPTDataset over one prefix, or its blend over several.
 
-Documents are shuffled, joined and cut into sequences of ``seq_length`` tokens, over as many epochs as are needed.
+Documents are shuffled, joined and cut into sequences of ``seq_length`` tokens, over as many epochs as are needed. In a
+blend every prefix does so by itself, and BlendedDataset draws from them such that after any number of sequences each
+prefix has had its share, to within one sequence.
 Sequence k of a segment is a function of (corpus, seed, k) alone: not of the number of ranks, nor of where a run was
 stopped.
 
@@ -9,13 +11,16 @@ Shapes: b sequences of one micro-batch, s tokens.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -67,15 +72,21 @@ class TrainingSequences:
         seed: int,
         cache_folder: str | Path,
         num_workers: int = 0,
+        blend: Sequence[tuple[str, float]] = (),
     ) -> None:
-        """Collective. The shuffled order is made once on the main rank and kept in ``cache_folder``."""
+        """Collective. The shuffled order is made once on the main rank and kept in ``cache_folder``.
+
+        ``blend``: further (prefix, share of the sequences); ``prefix`` has the rest. ValueError where nothing is left.
+        """
         self.groups, self.vocab_size, self.num_workers, self.prefix = groups, vocab_size, num_workers, prefix
+        shares = _shares(prefix, blend)
         digest = None
         with failing_together(groups):
             if groups.is_main:
-                digest = prepare_cache(prefix, Path(cache_folder))
+                digest = prepare_cache(list(shares), Path(cache_folder))
         self.digest: str = broadcast_object(digest, groups)
-        """SHA-256 of the index: a resumed run compares it with its checkpoint's."""
+        """SHA-256 of the index, or of those of a blend: a resumed run compares it with its checkpoint's."""
+        self.num_samples = num_samples
         config = GPTDatasetConfig(
             random_seed=seed % 2**32,
             sequence_length=seq_length,
@@ -89,7 +100,7 @@ class TrainingSequences:
         for builds in (True, False):  # the main rank writes the cache, the others then read it
             with failing_together(groups):
                 if groups.is_main == builds:
-                    self.dataset = _open(prefix, config, num_samples)
+                    self.dataset = _open(shares, config, num_samples)
                     if builds:
                         write_json(Path(cache_folder) / CACHE_MARKER, {"index_sha256": digest})
 
@@ -102,7 +113,7 @@ class TrainingSequences:
         groups = self.groups
         stride = micro_batch_size * groups.data_parallel_size
         assert count % stride == 0
-        starts = range(first + groups.data_parallel_rank * micro_batch_size, self.dataset.num_samples, stride)
+        starts = range(first + groups.data_parallel_rank * micro_batch_size, self.num_samples, stride)
         loader = DataLoader(
             self.dataset,
             batch_sampler=[range(start, start + micro_batch_size) for start in starts],
@@ -132,7 +143,31 @@ def _stack(samples: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
 _KEYS = ("tokens", "labels", "loss_mask")
 
 
-def _open(prefix: str, config: GPTDatasetConfig, num_samples: int) -> GPTDataset:
+SURPLUS = 1.005
+"""A blend may take a few sequences more from a corpus than its share of all: megatron-core's own margin."""
+
+
+def _shares(prefix: str, blend: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """{prefix: share of the sequences}, the first being what the others leave."""
+    rest = 1.0 - sum(share for _, share in blend)
+    if any(share <= 0 for _, share in blend) or rest <= 0 or prefix in dict(blend) or len(dict(blend)) < len(blend):
+        described = ", ".join(f"{other} {share:g}" for other, share in blend)
+        raise ValueError(
+            f"found a blend of {described}, expected different prefixes with positive shares that leave some of the "
+            f"sequences to {prefix}: change pretraining.blend_prefixes or pretraining.blend_weights"
+        )
+    return {prefix: rest, **dict(blend)}
+
+
+def _open(shares: dict[str, float], config: GPTDatasetConfig, num_samples: int) -> GPTDataset | BlendedDataset:
+    if len(shares) == 1:
+        return _open_one(next(iter(shares)), config, num_samples)
+    counts = [math.ceil(share * num_samples * SURPLUS) + 1 for share in shares.values()]
+    parts = [_open_one(prefix, config, count) for prefix, count in zip(shares, counts, strict=True)]
+    return BlendedDataset(parts, list(shares.values()), num_samples, config)
+
+
+def _open_one(prefix: str, config: GPTDatasetConfig, num_samples: int) -> GPTDataset:
     corpus = IndexedDataset(prefix, multimodal=False, mmap=True)
     lengths = corpus.sequence_lengths
     tokens = int(lengths.sum(dtype=np.int64))
@@ -145,12 +180,14 @@ def _open(prefix: str, config: GPTDatasetConfig, num_samples: int) -> GPTDataset
     return GPTDataset(corpus, prefix, documents, num_samples, Split.train, config)
 
 
-def prepare_cache(prefix: str, folder: Path) -> str:
-    """Empty a cache that is unfinished or belongs to another index; returns the SHA-256 of the index.
+def prepare_cache(prefixes: str | Sequence[str], folder: Path) -> str:
+    """Empty a cache that is unfinished or belongs to other indexes; returns the SHA-256 of the index, or of them all.
 
     megatron-core's own key does not look inside the index.
     """
-    digest = sha256_file(f"{prefix}.idx")
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    digests = [sha256_file(f"{prefix}.idx") for prefix in prefixes]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     marker = folder / CACHE_MARKER
     if folder.exists() and not (marker.is_file() and read_json(marker).get("index_sha256") == digest):
         shutil.rmtree(folder)

@@ -1,5 +1,7 @@
 """The engine against plain double backward, and the laws of its products."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +59,13 @@ def test_equals_double_backward(family, tied, direction, recompute):
     model, batch, P, z = problem(family, tied=tied)
     options = {} if direction == "none" else kl_options(direction, 3, 9)
     check_all(model, batch, P, z, options, {"recompute": recompute, "micro_batch_size": 2}, 1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_equals_double_backward(family):
+    model, batch, P, z = problem(family)
+    check_all(model, batch, P, z, kl_options("proxy_to_target", 3, 9), {"compiled": True, "recompute": True}, 1e-9)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

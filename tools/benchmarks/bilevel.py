@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from tools.benchmarks import cases, measure
 from tools.benchmarks.cases import CASES, Problem, Settings
 from tools.benchmarks.measure import Peak
 
+DEFAULT_CASES = [name for name in CASES if not name.endswith("_compiled")]
+"""Compiled cases need a compiler, so they are asked for by name."""
 Times = dict[str, list[float]]
 Peaks = dict[str, Peak]
 
@@ -34,6 +35,9 @@ TIME_FIGURES = {
     "influence_time_vs_gradient": ("influence", "gradient"),
     "step_time_vs_gradient": ("step", "gradient"),
     "time_with_limit": ("step_limited", "step"),
+    "compiled_hessian_time_vs_gradient": ("hessian_compiled", "gradient"),
+    "compiled_gauss_newton_time_vs_gradient": ("gauss_newton_compiled", "gradient"),
+    "compiled_step_time": ("step_compiled", "step"),
     "upper_step_speedup": ("published_step", "step"),
 }
 """Figure -> (case above the line, case below it)."""
@@ -58,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab", type=int, nargs="+", default=[50304], help="vocabulary sizes")
     add("--seq", type=int, nargs="+", default=[1024], help="sequence lengths in tokens")
     add("--batch", type=int, nargs="+", default=[4], help="batch sizes in samples")
-    add("--limited-micro-batch-size", type=int, default=1, help="samples at once in the step with a memory limit")
+    add("--memory-limit-gib", type=float, default=0.5, help="bilevel.memory_limit_gib of the step with a memory limit")
     add("--teacher", help="preset of a frozen target: whole steps then have the KL term (default: none)")
     add("--device", default="cpu", help="cpu or cuda")
     add("--repetitions", type=int, default=3, help="times each case is timed, after one call to warm up")
-    add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to measure")
+    add("--cases", nargs="+", choices=list(CASES), default=DEFAULT_CASES, help="what to measure")
     add("--no-memory", action="store_true", help="times alone")
     add("--no-time", action="store_true", help="peaks alone")
     add("--allocator", choices=["returning", "default"], default="returning", help="for peaks on a CPU, see measure.py")
@@ -108,7 +112,7 @@ def measure_point(settings: Settings, options: argparse.Namespace) -> dict:
         **{figure: _ratio(medians, *pair) for figure, pair in TIME_FIGURES.items()},
         **errors,
         "teacher": settings.teacher,
-        "limited_micro_batch_size": settings.limited_micro_batch_size,
+        "memory_limit_gib": settings.memory_limit_gib,
         "times": {name: [round(value, 6) for value in values] for name, values in times.items()},
         "peaks": {name: peak._asdict() for name, peak in peaks.items()},
     }
@@ -138,12 +142,11 @@ def _peak_in_child(name: str, settings: Settings, options: argparse.Namespace) -
     _note(settings, f"peak of {name}")
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmark.py"), "bilevel", "--peak-of", name]
     command += ["--preset", options.preset, "--device", options.device]
-    for option in ("num_layers", "hidden_size", "num_attention_heads", "teacher", "limited_micro_batch_size"):
+    for option in ("num_layers", "hidden_size", "num_attention_heads", "teacher", "memory_limit_gib"):
         if getattr(options, option) is not None:
             command += ["--" + option.replace("_", "-"), str(getattr(options, option))]
     command += ["--vocab", str(settings.vocab), "--seq", str(settings.seq), "--batch", str(settings.batch)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment |= measure.ALLOCATOR if options.allocator == "returning" else {}
+    environment = measure.child_environment(options.allocator == "returning")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Peak(**json.loads(done.stdout))
@@ -162,7 +165,7 @@ def _settings(options: argparse.Namespace, vocab: int, seq: int, batch: int) -> 
         raise ValueError("found --device cuda without a CUDA device, expected one: use --device cpu")
     sizes = {name: getattr(options, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
     model = ModelConfig(preset=options.preset, **sizes)
-    return Settings(model, vocab, seq, batch, device, options.limited_micro_batch_size, options.teacher)
+    return Settings(model, vocab, seq, batch, device, options.memory_limit_gib, options.teacher)
 
 
 def _describe_model(options: argparse.Namespace) -> str:

@@ -10,7 +10,8 @@ gauss_newton        the engine's Gauss-Newton product, with gradient and influen
 influence           the engine's influences alone
 step                the default whole upper step: score forward, validation gradient, one walk, hypergradient, step of
                     z, both AdamW steps
-step_limited        the same under a memory limit: micro-batches of ``limited_micro_batch_size`` samples
+step_limited        the same under ``bilevel.memory_limit_gib``, which splits the batch
+hessian_compiled, gauss_newton_compiled, step_compiled: with element-wise work compiled (``bilevel.compile``)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Settings:
     seq: int
     batch: int
     device: torch.device = torch.device("cpu")
-    limited_micro_batch_size: int = 1
+    memory_limit_gib: float = 0.5
     teacher: str | None = None
     """Preset of the frozen target; None: no KL term."""
 
@@ -58,6 +59,22 @@ class Same:
     """A schedule that has one batch for every step."""
 
     batch: Batch
+    start = 0
+
+    @property
+    def stop(self) -> int:
+        """Samples of a step."""
+        return len(self.batch)
+
+    @property
+    def source(self) -> Same:
+        """What the batches come from: this."""
+        return self
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample."""
+        return self.batch.tokens.shape[1]
 
     def at(self, step: int) -> Batch:
         """The batch."""
@@ -97,13 +114,11 @@ class Problem:
         teacher = None if self.target is None else self.teach
         return proxy, score_model, teacher, Same(self.batch), Same(random_batch(self.settings, seed=6))
 
-    def config(self, micro_batch_size: int = 0) -> BilevelConfig:
+    def config(self, **changes) -> BilevelConfig:
         """The default bilevel stage at this batch size; KL only with a teacher."""
         kl_weight = BilevelConfig().kl_weight if self.target is not None else 0.0
         size = self.settings.batch
-        return BilevelConfig(
-            kl_weight=kl_weight, global_batch_size=size, validation_batch_size=size, micro_batch_size=micro_batch_size
-        )
+        return BilevelConfig(kl_weight=kl_weight, global_batch_size=size, validation_batch_size=size, **changes)
 
 
 def random_batch(settings: Settings, seed: int) -> Batch:
@@ -137,9 +152,9 @@ def _product(problem: Problem, **options) -> Callable:
     return lambda: curvature.curvature_product(problem.model, problem.batch, problem.weights, problem.vector, **options)
 
 
-def _step(problem: Problem, micro_batch_size: int) -> Callable:
+def _step(problem: Problem, **changes) -> Callable:
     world = World(None, 0, 1, problem.settings.device)
-    return BilevelTrainer(problem.config(micro_batch_size), *problem.bilevel(), world).step
+    return BilevelTrainer(problem.config(**changes), *problem.bilevel(), world).step
 
 
 CASES: dict[str, Callable[[Problem], Callable[[], object]]] = {
@@ -151,8 +166,11 @@ CASES: dict[str, Callable[[Problem], Callable[[], object]]] = {
     "hessian_kept": lambda p: _product(p, recompute=False),
     "gauss_newton": lambda p: _product(p, curvature="gauss_newton"),
     "influence": lambda p: lambda: curvature.influence(p.model, p.batch, p.vector),
-    "step": lambda p: _step(p, 0),
-    "step_limited": lambda p: _step(p, p.settings.limited_micro_batch_size),
+    "step": _step,
+    "step_limited": lambda p: _step(p, memory_limit_gib=p.settings.memory_limit_gib),
+    "hessian_compiled": lambda p: _product(p, recompute=True, compiled=True),
+    "gauss_newton_compiled": lambda p: _product(p, curvature="gauss_newton", compiled=True),
+    "step_compiled": lambda p: _step(p, compile=True),
 }
 """Case name -> function that makes the case ready and returns what is to be measured."""
 

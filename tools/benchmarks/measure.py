@@ -69,6 +69,11 @@ def interleaved_times(
     return times
 
 
+def child_environment(returning: bool = True) -> dict[str, str]:
+    """Environment of a process whose peak is measured: as many threads as here and, ``returning``, ``ALLOCATOR``."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | (ALLOCATOR if returning else {})
+
+
 def measure_peak(case: Callable[[], object], device: torch.device) -> Peak:
     """The peak of ``case`` in this process, which should run under ``ALLOCATOR`` and do nothing else."""
     case()

@@ -21,12 +21,11 @@ import torch
 from megatron_bliss import parallel
 from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig
 from megatron_bliss.models.presets import PRESETS, flops_per_token, resolve_architecture
+from megatron_bliss.throughput import peak_flops
 from tools.benchmarks import measure
 from tools.benchmarks.measure import Peak
 from tools.benchmarks.pretrain_cases import CASES, Settings
 
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 peak of a device whose name holds the key, from its data sheet (SXM parts)."""
 LABELS = {
     "ours": "megatron_bliss",
     "huggingface": "transformers, SDPA, fused AdamW",
@@ -76,9 +75,9 @@ def run(options: argparse.Namespace) -> dict | None:
     times, losses = ({}, {}) if options.no_time else _times(names, settings, options)
     speeds = {name: settings.tokens / statistics.median(values) for name, values in times.items()}
     totals = {name: peak.peak + peak.held for name, peak in peaks.items() if peak is not None}
-    peak_flops = _peak_flops(options)
+    device_flops = _peak_flops(options)
     flops = 3 * flops_per_token(settings.arch, settings.seq)
-    utilisation = {name: speed * flops / peak_flops for name, speed in speeds.items()} if peak_flops else {}
+    utilisation = {name: speed * flops / device_flops for name, speed in speeds.items()} if device_flops else {}
     return {
         "machine": machine,
         "model": _describe(options),
@@ -177,12 +176,8 @@ def _describe(options: argparse.Namespace) -> str:
 
 def _peak_flops(options: argparse.Namespace) -> float | None:
     """The device's peak in FLOP/s; None where nobody knows."""
-    if options.peak_tflops:
-        return options.peak_tflops * 1e12
-    if options.device == "cpu" or options.dtype != "bf16":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    platform = PlatformConfig(device=options.device, params_dtype=options.dtype)
+    return peak_flops(platform, torch.device(options.device), options.peak_tflops or 0.0)
 
 
 def _paired_ratio(times: dict[str, list[float]], peer: str) -> float | None:

@@ -17,6 +17,9 @@ LABELS = {
     "influence": "engine: influences alone",
     "step": "engine: default whole upper step",
     "step_limited": "engine: the same, memory limit",
+    "hessian_compiled": "engine: Hessian product, gradient, influences; recomputed, compiled",
+    "gauss_newton_compiled": "engine: Gauss-Newton product, gradient, influences; compiled",
+    "step_compiled": "engine: default whole upper step, compiled",
 }
 
 METHOD = (
@@ -47,7 +50,7 @@ def _heading(model: str, case: dict) -> str:
     teacher = f", KL to a {case['teacher']} target in whole steps" if case["teacher"] else ""
     return (
         f"## {model}, vocabulary {case['vocab']:,}, batch {case['batch']} x {case['seq']:,} tokens, fp32{teacher}\n\n"
-        f"Memory limit: {case['limited_micro_batch_size']} sample(s) at a time."
+        f"Memory limit: {case['memory_limit_gib']:g} GiB."
     )
 
 

@@ -1,0 +1,115 @@
+"""The launch configurations: each one loads, divides over its ranks, and its target builds and runs when narrowed."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_bliss.arguments import check_layout, parse_arguments
+from megatron_bliss.config import Config
+from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.models.presets import parameter_count, resolve_architecture
+from megatron_bliss.models.transformer import build_lm
+from tests.data.corpora import documents, write_lines
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LAYOUTS = {
+    # parameters of the target and the data-parallel ranks of one node of eight devices
+    "pythia_410m_c4": (405_334_016, 8),
+    "pythia_1b_c4": (1_011_781_632, 8),
+    "pythia_2p8b_c4": (2_775_208_960, 4),
+    "pythia_6p9b_c4": (6_857_302_016, 1),
+    "llama_0p5b_c4": (494_859_520, 8),
+}
+DEVICES = 8
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    """A corpus to stand for all that a configuration names."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = write_lines(folder / "text.jsonl", documents(5))
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=str(folder / "c4"), tokenizer_type="bytes"))
+    return str(folder / "c4")
+
+
+def load(name: str, prefix: str, *options: str) -> Config:
+    """The configuration as ``examples/launch.sh`` would read it, on a small corpus."""
+    data = ["--data.train_prefix", prefix, "--data.validation_prefix", prefix, "--data.test_prefixes", f"[{prefix}]"]
+    return parse_arguments(["--config", str(EXAMPLES / name / "config.yaml"), *data, *options])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_configuration_loads_and_divides_over_a_node(name: str, prefix: str) -> None:
+    config, (parameters, replicas) = load(name, prefix), LAYOUTS[name]
+    target = config.target
+    vocab_size = 32000 if "llama" in name else 50432 if "6p9b" in name else 50304
+    assert parameter_count(resolve_architecture(target, vocab_size)) == parameters
+    split = target.tensor_model_parallel_size * target.pipeline_model_parallel_size
+    assert DEVICES // split == replicas and DEVICES % split == 0
+    check_layout(config, world_size=DEVICES, data_parallel_size=replicas)
+    architecture = resolve_architecture(target, vocab_size)
+    assert architecture.num_attention_heads % target.tensor_model_parallel_size == 0
+    stages = target.pipeline_model_parallel_size * target.virtual_pipeline_model_parallel_size
+    assert architecture.num_layers % stages == 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_target_and_proxy_build_on_the_meta_device(name: str, prefix: str) -> None:
+    """With every weight's shape and none of its memory."""
+    config = load(name, prefix)
+    for model in (config.target, config.proxy):
+        architecture = resolve_architecture(model, 50304)
+        built = build_lm(architecture, device="meta")
+        assert sum(p.numel() for p in built.parameters()) == parameter_count(architecture)
+        assert {p.device.type for p in built.parameters()} == {"meta"}
+
+
+def test_every_example_configuration_is_known() -> None:
+    found = {path.parent.name for path in EXAMPLES.glob("*_c4/config.yaml")}
+    assert found == set(LAYOUTS)
+    for name in found:
+        assert f"run_folder: runs/{name}" in (EXAMPLES / name / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("script", ["launch.sh", "c4/prepare.sh", "slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
+def test_scripts_are_valid_shell(script: str) -> None:
+    done = subprocess.run(["bash", "-n", str(EXAMPLES / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_launch_passes_nodes_and_options_on(tmp_path: Path) -> None:
+    """What torchrun would be given, seen by a stand-in for Python."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "NNODES": "4", "NODE_RANK": "2"}
+    environment |= {"MASTER_ADDR": "node0", "GPUS_PER_NODE": "8"}
+    command = ["bash", str(EXAMPLES / "launch.sh"), "pythia_1b_c4", "--rounds", "2"]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    pairs = dict(zip(words, words[1:], strict=False))
+    expected = {"--nnodes": "4", "--node-rank": "2", "--master-addr": "node0", "--nproc-per-node": "8", "--rounds": "2"}
+    assert {name: pairs.get(name) for name in expected} == expected
+    assert pairs["--config"] == "examples/pythia_1b_c4/config.yaml"
+    del environment["MASTER_ADDR"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "without MASTER_ADDR" in done.stderr
+
+
+def test_settings_are_the_papers(prefix: str) -> None:
+    """Of optimiser, schedule, batch, bilevel stage and selection."""
+    config = load("pythia_410m_c4", prefix)
+    optimizer = config.pretraining.optimizer
+    found = optimizer.adam_beta1, optimizer.adam_beta2, optimizer.weight_decay, optimizer.clip_grad, optimizer.lr
+    assert found == (0.9, 0.95, 0.1, 1.0, 1e-3)
+    assert (optimizer.lr_warmup_iters, optimizer.lr_decay_style) == (2000, "constant")
+    training = config.pretraining
+    assert (training.global_batch_size, config.data.seq_length, training.decay_branch_iters) == (512, 1024, 200)
+    assert (training.warmup_iters, training.train_iters, config.rounds) == (10000, 10000, 4)
+    bilevel = config.bilevel
+    assert (bilevel.upper_iters, bilevel.global_batch_size, bilevel.kl_weight) == (3000, 32, 0.01)
+    assert (bilevel.l2_weight, bilevel.damping, bilevel.proxy_optimizer.lr) == (1e-7, 0.01, 1e-5)
+    assert (config.selection.fraction, config.proxy.restart_each_round, config.score.carry_over) == (0.2, True, True)
+    assert dataclasses.asdict(bilevel.proxy_optimizer) == dataclasses.asdict(bilevel.score_optimizer)
+    assert config.platform.params_dtype == "bf16"
