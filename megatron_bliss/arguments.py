@@ -11,9 +11,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_bliss.baselines import BASELINES
 from megatron_bliss.choosing import check_selection
-from megatron_bliss.config import Config, ModelConfig
+from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.subset import require_field
+from megatron_bliss.models.presets import is_sized
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
 
@@ -120,7 +121,14 @@ def _check_sizes(config: Config) -> None:
         _check_model(name, getattr(config, name))
 
 
-def _check_model(name: str, model: ModelConfig) -> None:
+def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
+    if model.pretrained_checkpoint is not None:
+        if not Path(model.pretrained_checkpoint).is_dir():
+            raise ValueError(
+                f"found {name}.pretrained_checkpoint {model.pretrained_checkpoint!r}, expected the folder of a model"
+            )
+        if not is_sized(model):
+            return
     sizes = (model.architecture, model.num_layers, model.hidden_size, model.num_attention_heads)
     if model.preset is None and None in sizes:
         raise ValueError(

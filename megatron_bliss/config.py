@@ -97,6 +97,9 @@ class TargetConfig(ModelConfig):
     """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it."""
     init_method_std: float = 0.02
     """Standard deviation of initial weights."""
+    pretrained_checkpoint: Optional[str] = None
+    """Weights that the warm-up begins from instead of random ones: a Hugging Face folder (GPT-NeoX or LLaMA,
+    safetensors) or a target checkpoint. Gives the sizes, too, where no preset and no size is set."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,9 @@ class ProxyConfig(ModelConfig):
     """Every round starts from the warmed-up proxy (the paper's choice); false: from the last round's proxy."""
     init_method_std: float = 0.02
     """Standard deviation of initial weights."""
+    pretrained_checkpoint: Optional[str] = None
+    """Hugging Face folder (GPT-NeoX or LLaMA, safetensors) whose weights the proxy's warm-up begins from instead of
+    random ones. Gives the sizes, too, where no preset and no size is set."""
 
 
 @dataclass(frozen=True)

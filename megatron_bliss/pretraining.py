@@ -29,6 +29,7 @@ from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.target import Target, build_target, forward_only
 from megatron_bliss.parallel import Groups, broadcast_object
 from megatron_bliss.platform import choose_dtype
+from megatron_bliss.pretrained import load_pretrained
 from megatron_bliss.target_checkpoint import Save, load_target_and_optimizer, load_target_weights_from, start_save
 from megatron_bliss.target_trainer import Step, TargetTrainer
 from megatron_bliss.throughput import peak_flops
@@ -67,6 +68,7 @@ def train_segment(
     seq_length: int,
     seed: int,
     start: str | Path | None,
+    pretrained: str | Path | None = None,
     first_iteration: int,
     last_iteration: int,
     total_iterations: int,
@@ -88,10 +90,10 @@ def train_segment(
     """Collective: train the target on ``data_prefix`` and leave ``folder/step_LAST/``.
 
     Starts from the newest checkpoint in ``folder``, else from the checkpoint ``start`` (weights and optimizer, or
-    weights alone), else from initial weights. Checkpoints of any parallel layout will do; the newest ``keep`` stay, and
-    ``async_save`` writes them while training goes on. ``seed`` orders the data (and, unless ``init_seed`` is given,
-    draws the weights). ``total_iterations`` spans the learning-rate schedule over all segments. Losses are means over
-    real tokens of the whole batch.
+    weights alone), else from the weights of ``pretrained`` (see pretrained.py), else from initial weights. Checkpoints
+    of any parallel layout will do; the newest ``keep`` stay, and ``async_save`` writes them while training goes on.
+    ``seed`` orders the data (and, unless ``init_seed`` is given, draws the weights). ``total_iterations`` spans the
+    learning-rate schedule over all segments. Losses are means over real tokens of the whole batch.
 
     A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
     ValueError for options that don't fit, RuntimeError on every rank where ``config`` says to stop: at a loss or
@@ -118,7 +120,7 @@ def train_segment(
         num_workers=num_workers,
     )
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
-    segment.load(start)
+    segment.load(start, pretrained)
     flops_per_iteration = (1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length)
     flops_per_iteration *= segment.tokens_per_iteration
     log = TrainingLog(
@@ -184,13 +186,16 @@ class _Segment:
         self.health = TrainingHealth(trainer.config)
         self.tokens_per_iteration = trainer.config.global_batch_size * trainer.seq_length
 
-    def load(self, start: str | Path | None) -> None:
-        """Go on from this folder's newest checkpoint, or begin from ``start``."""
+    def load(self, start: str | Path | None, pretrained: str | Path | None = None) -> None:
+        """Go on from this folder's newest checkpoint, or begin from ``start``, or from ``pretrained`` weights."""
         own = broadcast_object(checkpoint.latest(self.folder), self.groups)
         path = own or start
-        if path is None:
-            return
         trainer = self.trainer
+        if path is None:
+            if pretrained is not None:
+                load_pretrained(trainer.target, pretrained, self.groups)
+                trainer.optimizer.reload_model_params()
+            return
         shared = load_target_and_optimizer(path, trainer.target, trainer.optimizer, self.groups)
         if own is None and "iteration" not in shared:  # weights alone: where training begins
             trainer.set_iteration(self.first)

@@ -11,8 +11,9 @@ from megatron_bliss.config import Config
 from megatron_bliss.data.batches import BatchSchedule, BatchSource
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.metrics import MetricsLogger
-from megatron_bliss.models.presets import Architecture, resolve_architecture
+from megatron_bliss.models.presets import Architecture
 from megatron_bliss.parallel import Groups
+from megatron_bliss.pretrained import configured_architecture
 from megatron_bliss.run_folder import RunFolder
 
 
@@ -43,11 +44,11 @@ class Session:
 
     @cached_property
     def target_architecture(self) -> Architecture:
-        return resolve_architecture(self.config.target, self.vocab_size)
+        return configured_architecture("target", self.config.target, self.vocab_size)
 
     @cached_property
     def proxy_architecture(self) -> Architecture:
-        return resolve_architecture(self.config.proxy, self.vocab_size)
+        return configured_architecture("proxy", self.config.proxy, self.vocab_size)
 
     @property
     def world(self) -> World:

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.target import Target
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
+from megatron_bliss.pretrained import load_pretrained_proxy
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
 from megatron_bliss.scoring import gather_scores, save_array, score_units
 from megatron_bliss.selection import shards
@@ -89,12 +91,14 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
     """Train the proxy on the random warm-up shard."""
     config = session.config
     proxy = _new_proxy(session)
+    if config.proxy.pretrained_checkpoint:
+        load_pretrained_proxy(proxy, config.proxy.pretrained_checkpoint)
     source = UnitDataset(shard_prefix(session, 0), config.data.seq_length)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
     trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
     _run_trainer(session, trainer, config.proxy.warmup_iters, folder, "shared", 0, "proxy")
     tokens = config.proxy.warmup_iters * config.proxy.warmup_batch_size * config.data.seq_length
-    _save_final(session, folder, {"proxy": proxy.state_dict()})
+    _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
     return {"flops": 3 * tokens * flops_per_token(session.proxy_architecture, config.data.seq_length)}
 
 
@@ -122,7 +126,9 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     for warning in warnings if session.groups.is_main else []:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     _run_trainer(session, trainer, config.bilevel.upper_iters, folder, arm, round_number, "bilevel")
-    _save_final(session, folder, {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()})
+    state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
+    described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
+    _save_final(session, folder, state | described)
     flops = trainer.flops(session.target_architecture, config.data.seq_length)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(session, arm, round_number), loss])
@@ -265,6 +271,7 @@ def _train_target(session: Session, folder: Path, arm: str, round_number: int, p
     result = train_segment(
         **_segment_options(session, folder, arm, round_number),
         start=start,
+        pretrained=session.config.target.pretrained_checkpoint if round_number == 0 else None,
         data_prefix=prefix,
         seed=derive_seed(session.config.seed, "target data", round_number),
         first_iteration=0 if round_number == 0 else training.warmup_iters + (round_number - 1) * training.train_iters,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,8 @@ def start_save(
         "step": step,
         **groups.sizes,
         "vocab_size": target[0].real_vocab_size,
+        "architecture": asdict(target[0].architecture),
+        "params_dtype": str(target[0].config.params_dtype).removeprefix("torch."),
         "optimizer": optimizer is not None,
     }
     save = Save(path, groups, keep, manifest, torch_dist.plan_save(shards, temporary))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
@@ -57,6 +56,10 @@ class TargetTrainer:
         self.target, self.groups, self.config, self.seq_length = target, groups, config, seq_length
         self.num_micro_batches = num_micro_batches(config, groups, len(target))
         ddp_config = _data_parallel_config(config)
+        if groups.data_parallel_size == 1:
+            # There is nothing to divide: megatron-core would copy weights and gradients onto themselves.
+            config = replace(config, use_distributed_optimizer=False, overlap_param_gather=False)
+            ddp_config, self.config = _data_parallel_config(config), config
         self.wrapped = [
             DistributedDataParallel(
                 chunk.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.collection
@@ -127,9 +130,7 @@ class TargetTrainer:
         updated = accepts(loss, grad_norm)
         if updated:
             self.loss_sum += total
-            limit = self.config.optimizer.clip_grad
-            if limit > 0 and self.optimizer.get_parameters():
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), limit, grad_norm)
+            _clip(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
         return Step(loss, grad_norm, rate, updated)
@@ -245,6 +246,19 @@ def _optimizer_config(config: PretrainingConfig, params_dtype: torch.dtype) -> M
         use_distributed_optimizer=config.use_distributed_optimizer,
         overlap_param_gather=config.overlap_param_gather,
     )
+
+
+def _clip(parameters: list[Tensor], limit: float, grad_norm: float) -> None:
+    """Scale gradients down to the norm ``limit`` (0: never), in place; megatron-core without Apex makes copies."""
+    scale = limit / (grad_norm + 1e-6)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients or not 0 < scale < 1:
+        return
+    if gradients[0].is_cuda:
+        torch._foreach_mul_(gradients, scale)
+        return
+    for gradient in gradients:
+        gradient.mul_(scale)
 
 
 def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:

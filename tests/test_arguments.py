@@ -52,6 +52,12 @@ def test_the_resolved_file_reads_back_the_same(options: list[str], tmp_path: Pat
     assert config.bilevel.proxy_optimizer.lr == 0.25
 
 
+def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Path) -> None:
+    unsized = [option for option in options if not option.startswith("--target")]
+    config = parse_arguments([*unsized, f"--target.pretrained_checkpoint={tmp_path}"])
+    assert config.target.preset is None and config.target.pretrained_checkpoint == str(tmp_path)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_every_example_file_is_understood(path: Path, options: list[str]) -> None:
     config = parse_arguments(["--config", str(path), *[o for o in options if o.startswith(("--data", "--run"))]])
@@ -71,6 +77,7 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
         ("--run_folder=", "--run_folder"),
         ("--arms=bliss,magic", "bliss, random"),
         ("--rounds=0", "expected at least 1"),
+        ("--target.pretrained_checkpoint=gone", "target.pretrained_checkpoint 'gone', expected the folder of a model"),
         ("--stage=select", "expected 1 to 4"),
         ("--round=1", "without --stage"),
         ("--selection.fraction=1.5", "selection.fraction"),

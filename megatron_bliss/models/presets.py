@@ -142,6 +142,11 @@ def resolve_architecture(config: ModelConfig, vocab_size: int) -> Architecture:
     return Architecture(**given)
 
 
+def is_sized(config: ModelConfig) -> bool:
+    """Whether the configuration names a preset or any size; one that does neither takes a pretrained model's."""
+    return any(getattr(config, f.name) is not None for f in fields(ModelConfig))
+
+
 def _preset(name: str) -> Architecture:
     if name not in PRESETS:
         raise ValueError(f"found preset {name!r}, expected one of {', '.join(PRESETS)}: change preset")

@@ -45,9 +45,10 @@ Target = list["TargetChunk"]
 class TargetChunk(GPTModel):
     """This rank's part of the target: GPTModel with a forward pass that ends in hidden states or per-token losses."""
 
-    def __init__(self, *args, real_vocab_size: int, **kwargs) -> None:
+    def __init__(self, *args, architecture: Architecture, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.architecture = architecture
+        self.real_vocab_size = architecture.vocab_size
 
     def forward(self, tokens: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """tokens [b, s], labels [b, s] -> on the last stage fp32 losses [b, s]; else hidden states [s, b, w].
@@ -111,7 +112,7 @@ def _build_chunk(
         TransformerBlockSubmodules(layer_specs=[block] * layers, layer_norm=block.submodules.input_layernorm),
         padded_vocab_size(architecture.vocab_size, config.make_vocab_size_divisible_by),
         seq_length,
-        real_vocab_size=architecture.vocab_size,
+        architecture=architecture,
         pre_process=groups.is_first_pipeline_stage and part == 0,
         post_process=groups.is_last_pipeline_stage and part == parts - 1,
         share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,

@@ -212,11 +212,9 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
         here = (local >= 0) & (local < known)
         local = torch.where(here, local, 0).unsqueeze(-1)
         if known:
-            values = logits.data[..., :known].float()  # .data: what follows is not autograd's business
-            largest = values.amax(-1)
-            predicted = torch.where(here, values.gather(-1, local).squeeze(-1), 0.0)
-            exponentials = values.sub_(largest.unsqueeze(-1)).exp_()
-            total = exponentials.sum(-1)
+            exponentials = logits.data[..., :known].float()  # .data: what follows is not autograd's business
+            predicted = torch.where(here, exponentials.gather(-1, local).squeeze(-1), 0.0)
+            largest, total = exponentiate_(exponentials)
         else:  # every id of this rank is padding
             exponentials = logits[..., :0].float()
             largest = torch.full(labels.shape, -torch.inf, device=logits.device)
@@ -236,6 +234,21 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(-1, local, torch.where(here, -grad_output, 0.0).unsqueeze(-1))
         gradient = gradient.to(ctx.dtype)
         return F.pad(gradient, (0, ctx.padding)) if ctx.padding else gradient, None, None, None
+
+
+ROWS_IN_CACHE = 32
+"""Rows of a vocabulary that pass through a CPU's cache at once: 6 MB at 50,304 tokens."""
+
+
+def exponentiate_(values: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(values - largest) in place of values [..., v]; returns the largest [...] and the sum [...] of each row."""
+    rows = values.view(-1, values.shape[-1])
+    blocks = rows.split(ROWS_IN_CACHE) if values.device.type == "cpu" else (rows,)
+    largest, total = [], []
+    for block in blocks:
+        largest.append(block.amax(-1))
+        total.append(block.sub_(largest[-1].unsqueeze(-1)).exp_().sum(-1))
+    return torch.cat(largest).view(values.shape[:-1]), torch.cat(total).view(values.shape[:-1])
 
 
 def _combine(largest: Tensor, total: Tensor, predicted: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
