@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_bliss.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 
 CHECKED_SHARE = 1e-3  # of the text is encoded twice; the tokenizers library is about 25 times slower
-CHECKED_LENGTH = 1 << 15  # characters of a document that is encoded twice, unless all are longer
+CHECKED_LENGTH = 1 << 13  # characters of a document that is encoded twice, unless all are longer
 GROWTH_LIMIT = 256 << 20  # bytes; GigaToken's cache of words grows without bound, so it is made anew
 PROBES = (
     "The quick brown fox, it's said, jumped 1234567 times over the lazy dogs' bed.",
@@ -141,7 +142,7 @@ def _sample(texts: Sequence[str]) -> list[int]:
     if not texts:
         return []
     total = sum(map(len, texts))
-    order = np.random.default_rng(total).permutation(len(texts))[:256].tolist()
+    order = random.Random(total).sample(range(len(texts)), min(len(texts), 256))
     short = [index for index in order if len(texts[index]) <= CHECKED_LENGTH] or order[:1]
     foreign = next((index for index in short if not texts[index].isascii()), short[0])
     chosen, left = [foreign], CHECKED_SHARE * total - len(texts[foreign])

@@ -62,20 +62,27 @@ class ParquetReader:
         if self._file is None:
             yield Documents(rejects=[(1, self.damage)]), 0
             return
-        metadata, row = self._file.metadata, 1
-        groups = self._groups[piece]
-        sizes = [(metadata.row_group(group).total_byte_size, metadata.row_group(group).num_rows) for group in groups]
-        size, rows = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
-        batch_rows = max(1, min(MAX_BATCH_ROWS, self.block_bytes * rows // max(size, 1)))
-        try:
-            for batch in self._file.iter_batches(batch_rows, row_groups=groups, columns=self._columns):
-                yield row_documents(_rows(batch), row, self.keys), len(batch)
-                row += len(batch)
-        except DAMAGE as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            self.damage = f"damaged parquet file, {rows - row + 1} rows cannot be read: {error}"
-            yield Documents(rejects=[(row, self.damage)]), rows - row + 1
+        row = 1
+        for group in self._groups[piece]:
+            rows = self._file.metadata.row_group(group).num_rows
+            end = row + rows
+            try:
+                for batch in self._file.iter_batches(
+                    self._batch_rows(group), row_groups=[group], columns=self._columns
+                ):
+                    yield row_documents(_rows(batch), row, self.keys), len(batch)
+                    row += len(batch)
+            except DAMAGE as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                self.damage = f"damaged parquet file, {end - row} rows of row group {group} cannot be read: {error}"
+                yield Documents(rejects=[(lost, self.damage) for lost in range(row, end)]), end - row
+                row = end
+
+    def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        found = self._file.metadata.row_group(group)
+        rows = max(1, min(MAX_BATCH_ROWS, self.block_bytes * found.num_rows // max(found.total_byte_size, 1)))
+        return self._file.iter_batches(rows, row_groups=[group], columns=self._columns)
 
     def at_end(self, piece: int) -> bool:
         """Whether no piece follows this one."""

@@ -13,7 +13,7 @@ from megatron_bliss.data.indexed import token_dtype
 from megatron_bliss.data.piece_files import PieceSummary, PieceWriter, piece_path, write_piece
 from megatron_bliss.data.provenance import document_rows
 from megatron_bliss.data.sources import BLOCK_BYTES, open_source
-from megatron_bliss.data.tokenizers import load_tokenizer
+from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.files import sha256_file
 
 MAX_UNIT_TOKENS = np.iinfo(np.int32).max  # of the index
@@ -50,13 +50,13 @@ class Digest:
 
 
 class PieceMaker:
-    """Does tasks; keeps the tokenizer and the reader of the last source."""
+    """Does tasks; keeps the tokenizer, given or loaded, and the reader of the last source."""
 
-    def __init__(self, settings: PieceSettings) -> None:
+    def __init__(self, settings: PieceSettings, tokenizer: Tokenizer | None = None) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
         kind, path, eod_token = settings.tokenizer
         self.settings = settings
-        self._tokenizer = load_tokenizer(kind, path, eod_token=eod_token)
+        self._tokenizer = tokenizer or load_tokenizer(kind, path, eod_token=eod_token)
         self._encoder = make_encoder(self._tokenizer, settings.backend)
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._source, self._reader = None, None

@@ -28,6 +28,8 @@ from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.data.work_folder import WorkFolder, source_state
 from megatron_bliss.data.workers import Workers
 
+SIDECARS = (".rejected.jsonl", ".provenance.parquet", ".documents.parquet")
+
 
 @dataclass(frozen=True)
 class PreprocessSettings:
@@ -89,7 +91,7 @@ def preprocess(settings: PreprocessSettings, *, progress: Literal["auto", "none"
     lines cannot be used, or when nothing is left.
     """
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, eod_token=settings.eod_token)
-    files = expand_inputs(settings.inputs)
+    files = [file for file in expand_inputs(settings.inputs) if not _is_output(file, settings.output_prefix)]
     if settings.shard:
         files = deal(files, *settings.shard)
     identity = _identity(settings, tokenizer)
@@ -112,6 +114,11 @@ def preprocess(settings: PreprocessSettings, *, progress: Literal["auto", "none"
     return manifest
 
 
+def _is_output(file: str, prefix: str) -> bool:
+    """Whether a file in an input folder is an output of this very command."""
+    return os.path.abspath(file).startswith(f"{os.path.abspath(prefix)}.") and file.endswith(SIDECARS)
+
+
 class _NoText(Exception):
     """No document at all."""
 
@@ -120,7 +127,7 @@ class _Run:
     """One run over the pieces that are still missing, and the corpus from all of them."""
 
     def __init__(self, settings: PreprocessSettings, files: list[str], tokenizer: Tokenizer, folder: str) -> None:
-        self.settings, self.files, self.folder = settings, files, folder
+        self.settings, self.files, self.tokenizer, self.folder = settings, files, tokenizer, folder
         self.states = [source_state(file) for file in files]
         cutter = WindowCutter(settings.window_length) if settings.unit == "window" else None
         self.assembler = CorpusAssembler(
@@ -139,7 +146,8 @@ class _Run:
         bar = IngestProgress(progress, sum(state["bytes"] for state in self.states))
         for summary in (summary for pieces in done for summary in pieces.values()):
             bar.add(summary, self.states[summary.source]["bytes"], earlier=True)
-        with Workers(settings.workers, PieceMaker, (self._piece_settings(),)) as workers:
+        tokenizer = self.tokenizer if settings.workers == 1 else None  # other processes load their own
+        with Workers(settings.workers, PieceMaker, (self._piece_settings(), tokenizer)) as workers:
             for summary in self._pieces(workers, done):
                 bar.add(summary, self.states[summary.source]["bytes"])
             sources = self._sources(workers, done)

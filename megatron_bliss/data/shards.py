@@ -30,7 +30,7 @@ def deal(files: Sequence[str], shard: int, shards: int) -> list[str]:
     are more shards than files.
     """
     if shards > len(files):
-        raise ValueError(f"{shards} shards of {len(files)} input files, expected at most one per file: change --shard")
+        raise ValueError(f"{shards} shards of {len(files)} files, expected at most one per file: change --shard")
     ends = np.cumsum([os.path.getsize(file) for file in files])
     bounds = [0]
     for number in range(1, shards):
