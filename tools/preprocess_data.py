@@ -1,4 +1,12 @@
-"""Turn JSON lines into a Megatron corpus: X.bin, X.idx, X.manifest.json, X.provenance.parquet, X.rejected.jsonl."""
+"""Turn text into a Megatron corpus: X.bin, X.idx, X.manifest.json, X.provenance.parquet, X.rejected.jsonl.
+
+A run that was stopped goes on when the same command is given again, and gives the same bytes; what it has done so far
+waits in X.pieces/. On an array of nodes, node i of n runs the same command with --shard i/n, which makes the corpus
+X.shard_i_of_n; then --merge-shards n joins them into X, byte for byte what one run makes (X.pieces/ of a shard must
+not be shared by two nodes). tools/merge_index.py makes one logical corpus of the shards without copying them.
+
+A document is a JSON line, a row of a parquet file, or a line of a .txt file.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +14,29 @@ import argparse
 import sys
 
 from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.shards import merge_shards
 from megatron_bliss.data.tokenizers import KINDS
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``i/n`` as two numbers."""
+    try:
+        shard, shards = map(int, text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected i/n such as 3/16") from error
+    return shard, shards
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line; names are Megatron-LM's where it has the option."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders or globs of .jsonl, .json, .jsonl.gz, .json.gz")
+    add(
+        "--input",
+        nargs="+",
+        help="files, folders or globs of .jsonl, .json, .txt (plain, .gz or .zst) and .parquet, in this order, "
+        "sorted within a folder or glob",
+    )
     add("--output-prefix", required=True, help="path of the corpus, without a suffix")
     add("--json-keys", nargs="+", default=["text"], help="keys that hold the text; several are joined by a newline")
     add("--tokenizer-type", default="huggingface", choices=list(KINDS), help="what kind of file --tokenizer-model is")
@@ -24,24 +47,61 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--window-length", type=int, default=1024, help="tokens per window")
     add("--workers", type=int, default=1, help="tokenising processes; the result does not depend on it")
     add(
+        "--tokenizer-backend",
+        choices=["auto", "own"],
+        default="auto",
+        help="auto: GigaToken where it gives the tokenizer's own answer, which is checked on samples; own: the "
+        "tokenizer's own library; the result does not depend on it",
+    )
+    add("--shard", type=parse_shard, help="i/n, from 1/n to n/n: make the i-th of n shards, of whole files")
+    add("--merge-shards", type=int, metavar="N", help="join the N finished shards; needs no --input")
+    add(
         "--max-bad-fraction", type=float, default=0.01, help="share of lines that may be set aside before the run fails"
     )
-    add("--progress", choices=["auto", "none"], default="auto", help="show how far it has come")
-    return parser.parse_args(arguments)
+    add(
+        "--provenance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write X.provenance.parquet: file, line, url, domain, format and label of every unit",
+    )
+    add(
+        "--piece-megabytes",
+        type=float,
+        default=64,
+        help="text between two commits, which is what a worker can lose when it is killed",
+    )
+    add(
+        "--progress",
+        choices=["auto", "none", "json"],
+        default="auto",
+        help="show MB/s of text, documents/s, tokens/s and the time left; json: as JSON lines; on standard error",
+    )
+    options = parser.parse_args(arguments)
+    if not options.merge_shards and not options.input:
+        parser.error("the following arguments are required: --input")
+    return options
+
+
+def make(options: argparse.Namespace) -> dict:
+    """Run what was asked for; returns the manifest."""
+    if options.merge_shards:
+        return merge_shards(options.output_prefix, options.merge_shards)
+    values = {**vars(options), "inputs": options.input}
+    progress = values.pop("progress")
+    del values["input"], values["merge_shards"]
+    return preprocess(PreprocessSettings(**values), progress=progress)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = vars(parse_arguments(arguments))
-    show_progress = options.pop("progress") == "auto"
-    options["inputs"] = options.pop("input")
+    options = parse_arguments(arguments)
     try:
-        manifest = preprocess(PreprocessSettings(**options), show_progress=show_progress)
-    except (ValueError, FileNotFoundError) as error:
+        manifest = make(options)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return 1
     counts = ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
-    print(f"{options['output_prefix']}: {counts}; {manifest['bin_bytes']:,} bytes of tokens")
+    print(f"{options.output_prefix}: {counts}; {manifest['bin_bytes']:,} bytes of tokens")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer on JSON lines: byte-level BPE (tokenizer.json) or SentencePiece (.model), with <|endoftext|> as
+"""Train a tokenizer on text: byte-level BPE (tokenizer.json) or SentencePiece (.model), with <|endoftext|> as
 EOD.
 
 The same files and options give the same tokenizer.
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron_bliss.data.sources import BadLine, SourceState, expand_inputs, parse_line, read_blocks
+from megatron_bliss.data.sources import SUFFIXES, expand_inputs, read_documents
 from megatron_bliss.files import atomic_file
 
 EOD_TOKEN = "<|endoftext|>"
@@ -20,15 +20,11 @@ NUM_BYTES = 256
 
 
 def texts(files: list[str], keys: list[str], max_bytes: int) -> Iterator[str]:
-    """Texts of JSON lines in order, up to ``max_bytes`` of UTF-8 (0: all); unusable lines are passed over."""
+    """Texts of files of any kind in order, up to ``max_bytes`` of UTF-8 (0: all); unusable lines are passed over."""
     used = 0
     for file in files:
-        for block in read_blocks(SourceState(file)):
-            for _, line in block.lines():
-                try:
-                    text, _ = parse_line(line, keys)
-                except BadLine:
-                    continue  # preprocess_data.py reports them
+        for found in read_documents(file, keys):  # preprocess_data.py reports what cannot be used
+            for text in found.texts:
                 used += len(text.encode("utf-8"))
                 yield text
                 if max_bytes and used >= max_bytes:
@@ -90,7 +86,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders or globs of .jsonl, .json, .jsonl.gz, .json.gz")
+    add("--input", nargs="+", required=True, help=f"files, folders or globs of {', '.join(SUFFIXES)}")
     add("--output", required=True, help="tokenizer.json or .model to write")
     add("--json-keys", nargs="+", default=["text"], help="keys that hold the text; several are joined by a newline")
     add("--tokenizer-type", default="huggingface", choices=list(TRAINERS), help="byte-level BPE or SentencePiece BPE")

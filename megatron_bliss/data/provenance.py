@@ -10,96 +10,108 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_bliss.files import publish
-
 FIELDS = ("url", "domain", "format", "label")
 SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), *((name, pa.string()) for name in FIELDS)])
+ROW_SCHEMA = pa.schema(list(SCHEMA)[1:])
 ROW_GROUP = 1 << 17
 
 
 def field_values(record: dict) -> tuple[str | None, ...]:
     """url, domain, format and label of a record, from the top level or its ``meta``/``metadata``; None where absent."""
-    nested = [part for part in (record.get("meta"), record.get("metadata")) if isinstance(part, dict)]
-    return tuple(_as_text(next((part[name] for part in (record, *nested) if name in part), None)) for name in FIELDS)
+    nested = [part for part in (record.get("meta"), record.get("metadata")) if type(part) is dict]
+    if not nested:  # the usual case, on the path of every document
+        values = (record.get("url"), record.get("domain"), record.get("format"), record.get("label"))
+    else:
+        values = (next((part[name] for part in (record, *nested) if name in part), None) for name in FIELDS)
+    return tuple(value if value is None or type(value) is str else orjson.dumps(value).decode() for value in values)
 
 
-def _as_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return orjson.dumps(value).decode()
-
-
-def document_table(file: str, lines: Sequence[int], values: Sequence[tuple[str | None, ...]]) -> pa.Table:
-    """Rows for documents of one file: their line numbers and :func:`field_values`."""
+def document_rows(lines: Sequence[int], values: Sequence[tuple[str | None, ...]]) -> pa.RecordBatch:
+    """Rows for documents of one file, without its name: line numbers and :func:`field_values`."""
     columns = list(zip(*values, strict=True)) or [()] * len(FIELDS)
-    arrays = [pa.array([file] * len(lines), pa.string()), pa.array(lines, pa.int64())]
-    return pa.Table.from_arrays([*arrays, *(pa.array(column, pa.string()) for column in columns)], schema=SCHEMA)
+    arrays = [pa.array(lines, pa.int64()), *(pa.array(column, pa.string()) for column in columns)]
+    return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+
+
+def with_file(rows: pa.Table, file: str, lines_before: int) -> pa.Table:
+    """Rows of a part of ``file`` with its name, and lines counted from the file's first one."""
+    lines = pa.array(rows.column("line").to_numpy() + lines_before, pa.int64())
+    names = pa.DictionaryArray.from_arrays(np.zeros(len(rows), np.int32), pa.array([file])).cast(pa.string())
+    return pa.Table.from_arrays([names, lines, *(rows.column(name) for name in FIELDS)], schema=SCHEMA)
 
 
 class ProvenanceWriter:
-    """Streams rows to a parquet file that appears under its name only when complete; constant memory."""
+    """Streams rows into a parquet file; whoever asked for it gives it its final name. Constant memory."""
 
     def __init__(self, path: str) -> None:
-        self.path, self._temporary = path, f"{path}.tmp"
-        self._writer = pq.ParquetWriter(self._temporary, SCHEMA, compression="zstd")
+        self._stream = open(path, "wb")  # noqa: SIM115 - lives as long as the writer
+        self._writer = pq.ParquetWriter(self._stream, SCHEMA, compression="zstd")
         self._pending: list[pa.Table] = []
         self._rows = 0
 
     def add(self, table: pa.Table) -> None:
         """Append one row per unit."""
-        self._pending.append(table)
-        self._rows += len(table)
-        if self._rows >= ROW_GROUP:
+        while self._rows + len(table) >= ROW_GROUP:  # row groups do not depend on how the rows come in
+            taken = ROW_GROUP - self._rows
+            self._pending.append(table.slice(0, taken))
+            table = table.slice(taken)
             self._flush()
+        if len(table):
+            self._pending.append(table)
+            self._rows += len(table)
 
     def _flush(self) -> None:
-        if self._rows:
+        if self._pending:
             self._writer.write_table(pa.concat_tables(self._pending).combine_chunks())
         self._pending, self._rows = [], 0
 
-    def __enter__(self) -> ProvenanceWriter:
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self._flush()
+    def finish(self) -> None:
+        """Complete the file and flush it to disk."""
+        self._flush()
         self._writer.close()
-        if error_type is not None:
-            os.unlink(self._temporary)
-            return
-        with open(self._temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        publish(self._temporary, self.path)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
 
 
 class WindowCutter:
-    """Joins documents into one stream, cuts it into windows of ``length`` tokens, keeps each one's first document."""
+    """Joins documents into one stream, cuts it into windows of ``length`` tokens, keeps each one's first document.
+
+    Only lengths and rows pass through here: the stream itself is the documents' tokens one after another.
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self._tokens = np.zeros(0, dtype=np.int64)
-        self._starts = np.zeros(0, dtype=np.int64)  # where each document of _rows begins, in tokens of _tokens
-        self._rows = SCHEMA.empty_table()
+        self.tokens = 0  # of documents that are not in a window yet
+        self._starts = np.zeros(0, dtype=np.int64)  # where each document of _rows begins, among those tokens
+        self._rows: pa.Table | None = None
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-        """Append documents; returns (tokens, lengths, provenance rows) of the windows that are now full."""
-        begins = np.cumsum(lengths) - lengths + len(self._tokens)
-        self._tokens = np.concatenate([self._tokens, tokens])
-        self._starts = np.concatenate([self._starts, begins])
-        self._rows = pa.concat_tables([self._rows, rows])
-        return self._cut(len(self._tokens) // self.length)
+    def add(self, lengths: np.ndarray, rows: pa.Table | None) -> tuple[np.ndarray, pa.Table | None]:
+        """Append documents: int64 lengths, and provenance rows if they are kept; returns those of full windows."""
+        begins = np.cumsum(lengths) - lengths + self.tokens
+        self.tokens += int(lengths.sum())
+        if rows is not None:
+            self._starts = np.concatenate([self._starts, begins])
+            self._rows = rows if self._rows is None else pa.concat_tables([self._rows, rows])
+        return self._cut(self.tokens // self.length)
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-        """The last, short window, if it has at least two tokens (one to see and one to predict)."""
-        return self._cut(1) if len(self._tokens) >= 2 else self._cut(0)
+    def finish(self) -> tuple[np.ndarray, pa.Table | None]:
+        """The last, short window, if it has at least two tokens (one to see and one to predict).
 
-    def _cut(self, windows: int) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+        ``tokens`` then says how many at the end are in no window: none or one.
+        """
+        return self._cut(1) if self.tokens >= 2 else self._cut(0)
+
+    def _cut(self, windows: int) -> tuple[np.ndarray, pa.Table | None]:
         firsts = np.arange(windows, dtype=np.int64) * self.length
-        ends = np.minimum(firsts + self.length, len(self._tokens))
+        ends = np.minimum(firsts + self.length, self.tokens)
         used = int(ends[-1]) if windows else 0
+        self.tokens -= used
+        if self._rows is None:
+            return ends - firsts, None
         owners = np.searchsorted(self._starts, firsts, side="right") - 1
-        cut = self._tokens[:used], ends - firsts, self._rows.take(owners)
+        cut = ends - firsts, self._rows.take(owners)
         kept = max(int(np.searchsorted(self._starts, used, side="right")) - 1, 0)
-        self._tokens, self._starts = self._tokens[used:], self._starts[kept:] - used
+        self._starts = self._starts[kept:] - used
         self._rows = self._rows.slice(kept).combine_chunks()
         return cut

@@ -1,26 +1,102 @@
-"""Source text: JSON lines, plain or gzipped, read in blocks of whole lines, and what can be wrong with a line."""
+"""Source files: which there are, in what order, how each kind is read, and the lines of one that cannot be used."""
 
 from __future__ import annotations
 
+import functools
 import glob
-import gzip
-import hashlib
 import io
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import orjson
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-BLOCK_BYTES = 4 << 20
-READ_BYTES = 1 << 20
-UTF8_MARK = b"\xef\xbb\xbf"
+from megatron_bliss.data.documents import (
+    BadLine,
+    Documents,
+    json_documents,
+    numbered_lines,
+    parse_line,
+    plain_documents,
+)
+from megatron_bliss.data.line_files import LineFileReader, count_pieces
+from megatron_bliss.data.lines import LineReader
+from megatron_bliss.data.parquet import ParquetReader
+from megatron_bliss.data.streams import COMPRESSION
+
+__all__ = ["BadLine", "parse_line"]  # from documents.py, for the readers of single lines
+
+BLOCK_BYTES = 8 << 20
+PIECE_BYTES = 64 << 20
+READERS = {
+    ".jsonl": functools.partial(LineFileReader, parse=json_documents),
+    ".json": functools.partial(LineFileReader, parse=json_documents),
+    ".txt": functools.partial(LineFileReader, parse=plain_documents),
+    ".parquet": ParquetReader,
+}
+JSON_SUFFIXES = tuple(kind + end for kind in (".jsonl", ".json") for end in ("", *COMPRESSION))
+SUFFIXES = (*JSON_SUFFIXES, *(".txt" + end for end in ("", *COMPRESSION)), ".parquet")
 
 
-class BadLine(ValueError):
-    """A line that cannot be used; its text is the reason."""
+def open_source(path: str, keys: Sequence[str], piece_bytes: int = PIECE_BYTES, block_bytes: int = BLOCK_BYTES):
+    """The reader of a file, by its suffix: :class:`LineFileReader` or :class:`ParquetReader`."""
+    stem, suffix = os.path.splitext(path)
+    if suffix in COMPRESSION:
+        suffix = os.path.splitext(stem)[1]
+    return READERS[suffix](path, keys, piece_bytes, block_bytes)
+
+
+def known_pieces(path: str, keys: Sequence[str], piece_bytes: int) -> int | None:
+    """How many pieces a file has; None where only reading it can tell."""
+    suffix = os.path.splitext(path)[1]
+    if suffix in COMPRESSION:
+        return None
+    if suffix != ".parquet":
+        return count_pieces(path, piece_bytes)
+    reader = ParquetReader(path, keys, piece_bytes, BLOCK_BYTES)
+    reader.close()
+    return reader.pieces
+
+
+def read_documents(path: str, keys: Sequence[str]) -> Iterator[Documents]:
+    """All documents of a file of any kind, a block at a time; line numbers count from the block's piece on."""
+    reader = open_source(path, keys)
+    piece = 0
+    while True:
+        for found, _ in reader.documents(piece):
+            yield found
+        if reader.at_end(piece):
+            break
+        piece += 1
+    reader.close()
+
+
+def expand_inputs(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+    """Files, folders (their files with a known suffix, recursively) and globs as a list of files.
+
+    The order is that of the arguments, sorted within a folder or glob. Raises ValueError for a pattern without a
+    file, a file given twice or an unknown suffix.
+    """
+    suffixes = tuple(suffixes)
+    files: list[str] = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            inside = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
+            found = sorted(path for path in inside if path.endswith(suffixes) and os.path.isfile(path))
+        elif os.path.isfile(pattern):
+            found = [pattern]
+        else:
+            found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not found:
+            raise ValueError(f"no input file at {pattern}, expected a file, folder or glob of {', '.join(suffixes)}")
+        files += found
+    for path in files:
+        if not path.endswith(suffixes):
+            raise ValueError(f"{path} has an unknown suffix, expected one of {', '.join(suffixes)}: change --input")
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        repeated = next(path for path in files if files.count(path) > 1 or os.path.islink(path))
+        raise ValueError(f"{repeated} is given more than once, expected each file once: change --input")
+    return files
 
 
 @dataclass(frozen=True)
@@ -34,9 +110,7 @@ class LineBlock:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(line number, content) of every line that is not blank."""
-        for number, line in enumerate(self.data.split(b"\n"), self.first_line):
-            if line.strip():
-                yield number, line
+        return numbered_lines(self.data, self.first_line)
 
 
 @dataclass
@@ -52,121 +126,23 @@ class SourceState:
         return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256}
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files, folders (their files with a known suffix, recursively) and globs as a list of files.
-
-    The order is that of the arguments, sorted within a folder or glob. Raises ValueError for a pattern without a
-    file, a file given twice or an unknown suffix.
-    """
-    files: list[str] = []
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            inside = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
-            found = sorted(path for path in inside if path.endswith(SUFFIXES) and os.path.isfile(path))
-        elif os.path.isfile(pattern):
-            found = [pattern]
-        else:
-            found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise ValueError(f"no input file at {pattern}, expected a file, folder or glob of {', '.join(SUFFIXES)}")
-        files += found
-    for path in files:
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"{path} has an unknown suffix, expected one of {', '.join(SUFFIXES)}: change --input")
-    if len({os.path.realpath(path) for path in files}) < len(files):
-        repeated = next(path for path in files if files.count(path) > 1 or os.path.islink(path))
-        raise ValueError(f"{repeated} is given more than once, expected each file once: change --input")
-    return files
-
-
-class _HashingReader(io.RawIOBase):
-    """A file that counts and hashes what is read from it."""
-
-    def __init__(self, path: str) -> None:
-        self._file, self._digest, self.count = open(path, "rb", buffering=0), hashlib.sha256(), 0  # noqa: SIM115
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer)
-        self._digest.update(memoryview(buffer)[:count])
-        self.count += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
 def read_blocks(state: SourceState, block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
-    """Blocks of whole lines of ``state.file``, gzipped or not; ``state`` is kept up to date and complete at the end.
+    """Blocks of whole JSON lines of ``state.file``, compressed or not; ``state`` is complete at the end.
 
     A file that cannot be decompressed to its end gives a last block without data whose ``damage`` says why; the lines
-    before are delivered. Memory: one block, or the longest line.
+    before are delivered. Memory: one block, or the longest line. Raises ValueError for files of another kind.
     """
-    raw = _HashingReader(state.file)
-    buffered = io.BufferedReader(raw, READ_BYTES)
-    first_line, pending, whole = 1, bytearray(), 0  # the first ``whole`` bytes of pending are whole lines
-    with raw:
-        stream = gzip.GzipFile(fileobj=buffered) if state.file.endswith(".gz") else buffered
-        while True:
-            chunk, damage = _read(stream)
-            if b"\n" in chunk:
-                whole = len(pending) + chunk.rfind(b"\n") + 1
-            pending += chunk
-            state.bytes = raw.count
-            if not chunk and not damage:
-                whole = len(pending)  # the last line may lack its end
-            if whole and (not chunk or len(pending) >= block_bytes):
-                data = bytes(memoryview(pending)[:whole])
-                yield LineBlock(state.file, first_line, data.removeprefix(UTF8_MARK) if first_line == 1 else data)
-                first_line += data.count(b"\n")
-                del pending[:whole]
-                whole = 0
-            if not chunk:
-                break
-        while buffered.read(READ_BYTES):  # what follows damage still belongs to the file's digest
-            pass
-        state.bytes, state.sha256 = raw.count, raw.hexdigest()
-    if damage:
-        yield LineBlock(state.file, first_line, b"", damage)
-
-
-def _read(stream: io.BufferedIOBase) -> tuple[bytes, str | None]:
-    """The next bytes (none at the end), and what is wrong with the file, if anything."""
-    try:
-        return stream.read1(READ_BYTES), None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        return b"", f"damaged gzip file, the rest cannot be read: {error}"
-
-
-def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, dict]:
-    """(text, record) of one JSON line; several keys are joined by a newline. Raises BadLine."""
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as wrong:
-            raise BadLine(f"invalid UTF-8 at byte {wrong.start}") from error
-        raise BadLine(f"broken JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise BadLine(f"a JSON {type(record).__name__}, expected an object")
-    parts = []
-    for key in keys:
-        if key not in record:
-            raise BadLine(f"no key {key!r}")
-        if not isinstance(record[key], str):
-            raise BadLine(f"{key!r} is {type(record[key]).__name__}, expected a string")
-        parts.append(record[key])
-    text = "\n".join(parts)
-    if not text.strip():
-        raise BadLine("empty text")
-    return text, record
+    if not state.file.endswith(JSON_SUFFIXES):
+        raise ValueError(f"{state.file} has no JSON lines, expected one of {', '.join(JSON_SUFFIXES)}: change --input")
+    reader, line = LineReader(state.file), 1
+    for block in reader.blocks(0, 1 << 62, block_bytes):
+        line = block.first_line + 1
+        yield LineBlock(state.file, line, block.data, block.problem)
+        line += block.data.count(b"\n")
+    if reader.damage:
+        yield LineBlock(state.file, line, b"", reader.damage)
+    state.bytes, state.sha256 = os.path.getsize(state.file), reader.finish()
+    reader.close()
 
 
 def reject(file: str, line: int, reason: str) -> dict:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_bliss.data import sources
+from megatron_bliss.data import sources, streams
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
@@ -70,20 +70,22 @@ def test_the_last_short_window(tmp_path, extra, units):
     assert len(corpus) == units and corpus.num_tokens == 8 + (extra if units == 2 else 0)
 
 
-def test_the_result_depends_neither_on_workers_nor_on_blocks(tmp_path, tokenizer_files, monkeypatch):
+def test_the_result_depends_neither_on_workers_nor_on_pieces(tmp_path, tokenizer_files, monkeypatch):
     files = [write_lines(tmp_path / f"{name}.jsonl.gz", documents(200, seed)) for seed, name in enumerate("ab")]
+    files.append(write_lines(tmp_path / "c.jsonl", [*documents(50, 3), b"{"]))
     options = {"tokenizer_type": "huggingface", "tokenizer_model": tokenizer_files["huggingface"]}
     for unit in ("document", "window"):
         _, whole = make(tmp_path, files, f"{unit}1", unit=unit, window_length=32, **options)
-        monkeypatch.setattr(sources.read_blocks, "__defaults__", (3000,))
-        monkeypatch.setattr(sources, "READ_BYTES", 1000)
-        _, parts = make(tmp_path, files, f"{unit}2", unit=unit, window_length=32, workers=2, **options)
+        monkeypatch.setattr(streams, "READ_BYTES", 1000)
+        changes = {"workers": 3 if unit == "document" else 1, "piece_megabytes": 0.003}
+        _, parts = make(tmp_path, files, f"{unit}2", unit=unit, window_length=32, **changes, **options)
         monkeypatch.undo()
-        for suffix in (".bin", ".idx", ".rejected.jsonl"):
+        for suffix in (".bin", ".idx", ".rejected.jsonl", ".provenance.parquet"):
             assert sha256_file(whole.prefix + suffix) == sha256_file(parts.prefix + suffix)
-        assert read_provenance(whole.prefix).equals(read_provenance(parts.prefix))
+        assert read_provenance(whole.prefix).column("line").to_pylist()[-1] > 40
         first, second = read_manifest(whole.prefix), read_manifest(parts.prefix)
         assert first == second
+        assert not os.path.exists(f"{parts.prefix}.pieces")
 
 
 def test_what_cannot_be_used_is_set_aside_with_file_line_and_reason(tmp_path):
@@ -204,7 +206,7 @@ def test_lines_are_whole_whatever_the_block(tmp_path, monkeypatch):
     )
     (tmp_path / "a.jsonl").write_bytes(content)
     for size in (1, 17, 1000, 1 << 20):
-        monkeypatch.setattr(sources, "READ_BYTES", min(size * 3, 1 << 20))
+        monkeypatch.setattr(streams, "READ_BYTES", min(size * 3, 1 << 20))
         state = sources.SourceState(str(tmp_path / "a.jsonl"))
         lines = [entry for block in sources.read_blocks(state, size) for entry in block.lines()]
         assert [number for number, _ in lines] == list(range(1, 102))

@@ -1,0 +1,155 @@
+"""The data plane: tokenising against the stock scheme, and what a subset and its verification cost.
+
+Megabytes are those of the JSON lines after decompression. Our CPU seconds are of the whole command, start of Python,
+imports and all processes included; those of the stock scheme (tools/benchmarks/stock.py) leave its imports out. Both
+read the same gzipped file with the same tokenizer, and must write the same bytes. Without --input the text is that of
+this Python installation, with a byte-level BPE tokenizer trained on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megatron_bliss.data.sources import expand_inputs
+from megatron_bliss.data.tokenizers import load_tokenizer
+from megatron_bliss.files import sha256_file
+from tools import make_demo_corpus, train_tokenizer
+from tools.benchmarks import index, measure
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ROOT / "tools" / "preprocess_data.py"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``benchmark.py data``."""
+    add = parser.add_argument
+    add("--input", nargs="+", help="JSON lines to tokenise: files, folders or globs; they are joined into one .json.gz")
+    add("--tokenizer-model", help="byte-level BPE tokenizer.json; trained on the input where none is given")
+    add("--megabytes", type=float, default=64.0, help="text made of this Python installation, without --input")
+    add("--vocab-size", type=int, default=8192, help="ids of the tokenizer that is trained")
+    add("--workers", type=int, default=1, help="our worker processes")
+    add("--repetitions", type=int, default=3, help="runs of both, in turns; the median counts")
+    add("--units", type=int, default=10_000_000, help="synthetic units for subset and verify")
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Measure; raises ValueError when the two corpora differ or a command fails."""
+    if options.repetitions < 1 or options.workers < 1:
+        raise ValueError("--repetitions and --workers must be at least 1")
+    machine = measure.machine(torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
+        source, size = _source(options, folder)
+        tokenizer = options.tokenizer_model or _train(source, options.vocab_size, folder)
+        ours, stock, peaks = [], [], []
+        for _ in range(options.repetitions):
+            seconds, peak = _run_ours(source, f"{folder}/ours", tokenizer, options.workers)
+            ours.append(seconds)
+            peaks.append(peak)
+            stock.append(_run_stock(source, f"{folder}/stock", tokenizer))
+            _compare(f"{folder}/ours", f"{folder}/stock")
+        costs = [
+            measured(options.units, Path(folder) / "units")
+            for measured in (index.subset_seconds_per_million, index.verify_seconds_per_million)
+        ]
+    speed, stock_speed = (size / 1e6 / statistics.median(seconds) for seconds in (ours, stock))
+    return {
+        "machine": machine,
+        "megabytes": round(size / 1e6, 3),
+        "workers": options.workers,
+        "megabytes_per_cpu_second": speed,
+        "stock_megabytes_per_cpu_second": stock_speed,
+        "speedup_vs_stock": speed / stock_speed,
+        "peak_rss_bytes": max(peaks),
+        "units": options.units,
+        "subset_seconds_per_million": costs[0]["seconds_per_million"],
+        "verify_seconds_per_million": costs[1]["seconds_per_million"],
+    }
+
+
+def markdown(result: dict, command: str) -> str:
+    """The result as a page."""
+    machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["machine"].items())
+    rows = [
+        ("this package, MB per CPU-second", f"{result['megabytes_per_cpu_second']:.1f}"),
+        ("stock scheme, MB per CPU-second", f"{result['stock_megabytes_per_cpu_second']:.2f}"),
+        ("speedup", f"{result['speedup_vs_stock']:.1f}"),
+        ("peak resident memory of the largest process, MiB", f"{result['peak_rss_bytes'] / 2**20:,.0f}"),
+        ("subset, seconds per million units", f"{result['subset_seconds_per_million']:.4f}"),
+        ("verify, seconds per million units", f"{result['verify_seconds_per_million']:.4f}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    sizes = f"{result['megabytes']} MB of JSON lines, {result['workers']} worker(s), {result['units']:,} units"
+    parts = ["# Data plane", f"`{command}`", f"{machine}.", f"{sizes}. {_METHOD}"]
+    return "\n\n".join([*parts, f"| figure | value |\n| --- | ---: |\n{table}"]) + "\n"
+
+
+_METHOD = " ".join(line.strip() for line in __doc__.split("\n\n", 1)[1].splitlines())
+
+
+def _source(options: argparse.Namespace, folder: str) -> tuple[str, int]:
+    """One .json.gz, and its size before compression."""
+    if options.input:
+        files = expand_inputs(options.input)
+    else:
+        made = make_demo_corpus.make_demo_corpus(f"{folder}/text", options.megabytes, files=1, seed=0)
+        assert made, "no text"
+        files = expand_inputs([f"{folder}/text/pool-*"])
+    path, size = f"{folder}/source.json.gz", 0
+    with gzip.open(path, "wb", compresslevel=6) as out:
+        for file in files:
+            if not file.endswith((".gz", ".json", ".jsonl")):
+                raise ValueError(f"{file} has no JSON lines, plain or gzipped: change --input")
+            with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    size += out.write(block)
+    return path, size
+
+
+def _train(source: str, vocab_size: int, folder: str) -> str:
+    texts = train_tokenizer.texts([source], ["text"], max_bytes=8_000_000)
+    path = Path(folder) / "tokenizer.json"
+    path.write_bytes(train_tokenizer.train_byte_level_bpe(texts, vocab_size))
+    return str(path)
+
+
+def _run_ours(source: str, prefix: str, tokenizer: str, workers: int) -> tuple[float, int]:
+    """CPU seconds of the command with all its processes, and the peak resident set of the largest of them."""
+    for path in Path(prefix).parent.glob(f"{Path(prefix).name}.*"):
+        path.unlink()
+    options = ["--input", source, "--output-prefix", prefix, "--tokenizer-model", tokenizer, "--append-eod"]
+    command = [sys.executable, str(COMMAND), *options, "--workers", str(workers), "--progress", "none"]
+    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+    if process.returncode:
+        raise ValueError(f"tools/preprocess_data.py ended with status {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _run_stock(source: str, prefix: str, tokenizer: str) -> float:
+    eod = load_tokenizer("huggingface", tokenizer).eod
+    command = [sys.executable, "-W", "ignore", "-m", "tools.benchmarks.stock", source, prefix, tokenizer, str(eod)]
+    done = subprocess.run(command, env=_environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"tools/benchmarks/stock.py ended with status {done.returncode}")
+    return float(done.stdout.split()[-1])
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _compare(ours: str, stock: str) -> None:
+    for suffix in (".bin", ".idx"):
+        if sha256_file(ours + suffix) != sha256_file(stock + suffix):
+            raise ValueError(f"{suffix} differs between this package and the stock scheme: the figures mean nothing")
