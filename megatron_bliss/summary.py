@@ -7,7 +7,6 @@ in a summary they are null (:func:`build_summary` sees to it), and every functio
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import orjson
 
+from megatron_bliss.curves import Curve, finite_points, first_reach, loss_at, speedup
 from megatron_bliss.files import read_json
 from megatron_bliss.metrics import format_seconds
 
@@ -23,52 +23,6 @@ STAGE_ORDER = ("warmup", "warmup target", "warmup proxy", "bilevel", "score", "s
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"
 """The arms that the speed-up compares."""
-
-Curve = Sequence[Sequence[float]]
-
-
-def finite_points(curve: Curve) -> list[tuple[float, float]]:
-    """Return the points of a curve whose loss is a finite number."""
-    return [(x, loss) for x, loss in curve if loss is not None and math.isfinite(loss)]
-
-
-def first_reach(curve: Curve, loss: float) -> float | None:
-    """Return where a curve first comes down to ``loss``, linear between its points; None if it never does."""
-    points = finite_points(curve)
-    if not points:
-        return None
-    if points[0][1] <= loss:
-        return points[0][0]
-    for (x0, loss0), (x1, loss1) in zip(points, points[1:], strict=False):
-        if loss1 <= loss:
-            return x0 + (x1 - x0) * (loss0 - loss) / (loss0 - loss1)
-    return None
-
-
-def loss_at(curve: Curve, x: float) -> float | None:
-    """Return the loss of a curve at ``x``, linear between its points; None outside them."""
-    points = finite_points(curve)
-    for x0, loss0 in points:
-        if x0 == x:
-            return loss0
-    for (x0, loss0), (x1, loss1) in zip(points, points[1:], strict=False):
-        if x0 < x < x1:
-            return loss0 + (loss1 - loss0) * (x - x0) / (x1 - x0)
-    return None
-
-
-def speedup(random_curve: Curve, bliss_curve: Curve) -> float | None:
-    """Return target steps at which random ends / steps at which bliss first has the loss that random ends with.
-
-    Both arms take the same tokens a step, so a ratio of tokens is one of steps. None where bliss never reaches that
-    loss, where a curve is empty, and where bliss has it before its first step, which is no ratio.
-    """
-    control = finite_points(random_curve)
-    if not control:
-        return None
-    end, final_loss = control[-1]
-    reached = first_reach(bliss_curve, final_loss)
-    return end / reached if reached else None
 
 
 def shares(labels: Iterable[str | None]) -> dict[str, float]:
