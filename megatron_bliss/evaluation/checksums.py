@@ -84,20 +84,17 @@ def check(task: str, file: Path, found: Expected, data_dir: Path | str, *, allow
     known = KNOWN.get(task)
     own = recorded(data_dir).get(file.name)
     if own is not None and own != found:
-        raise ValueError(_differs(file, found, own, f"{CHECKSUMS_FILE} beside it"))
+        raise ValueError(
+            _differs(file, found, own, f"{CHECKSUMS_FILE} beside it", "remove its entry if the change was meant")
+        )
     if known is None or own is not None or found == known or allow_unknown:
         return found == known
-    raise ValueError(_differs(file, found, known, f"the known set of {task}"))
+    remedy = "record this copy with tools/prepare_evaluation.py, or set evaluation.allow_unknown_data=true"
+    raise ValueError(_differs(file, found, known, f"the known set of {task}", remedy))
 
 
-def _differs(file: Path, found: Expected, expected: Expected, source: str) -> str:
+def _differs(file: Path, found: Expected, expected: Expected, source: str, remedy: str) -> str:
     return (
         f"{file} holds {found.rows} rows with digest {found.sha256}, expected {expected.rows} rows with digest "
-        f"{expected.sha256} as in {source}: put the right file there"
-        + (
-            f", or, if this copy is to be used, record it with tools/prepare_evaluation.py or set "
-            "evaluation.allow_unknown_data=true"
-            if source.startswith("the known")
-            else ", or remove its entry there if the change was meant"
-        )
+        f"{expected.sha256} as in {source}: put the right file there, or {remedy}"
     )

@@ -87,8 +87,8 @@ def find_file(name: str, data_dir: Path | str) -> Path:
         wanted = " or ".join(stem + ending for stem in stems for ending in ENDINGS)
         others = f"; tasks found there: {', '.join(find_tasks(data_dir)) or 'none'}"
         raise FileNotFoundError(
-            f"found no data file of task {name} in {data_dir}, expected {wanted} ({_expected(name)}){others}: make it with "
-            "tools/prepare_evaluation.py, or change evaluation.data_dir or evaluation.tasks"
+            f"found no data file of task {name} in {data_dir}, expected {wanted} ({_expected(name)}){others}: make it "
+            "with tools/prepare_evaluation.py, or change evaluation.data_dir or evaluation.tasks"
         )
     if len(files) > 1:
         raise ValueError(
@@ -130,9 +130,6 @@ def _read(reader, line: bytes, place: str) -> Row:
         if not isinstance(row, dict):
             raise TypeError(f"found a {type(row).__name__}, expected an object")
         return reader(row)
-    except KeyError as error:
-        raise ValueError(
-            f"{place}: found no field {error}, expected a row of {reader.__doc__.splitlines()[0]}"
-        ) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{place}: {error}; expected a row of {reader.__doc__.splitlines()[0]}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"found no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{place}: {problem}; expected: {reader.__doc__.splitlines()[0]}") from error

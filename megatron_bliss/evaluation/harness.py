@@ -40,9 +40,9 @@ def evaluate_tasks(
 ) -> dict:
     """Evaluate zero-shot and return, on every rank, the same document; collective over the ranks of the model.
 
-    ``tasks``: lm-eval's ten names or those of a user's files in ``data_dir``; ``limit``: the first so many items of each
-    task (None: all); ``request_cache``: folder of finished requests; ``allow_unknown_data``: take copies of the ten sets
-    that are neither known nor recorded in the folder.
+    ``tasks``: lm-eval's ten names or those of a user's files in ``data_dir``; ``limit``: the first so many items of
+    each task (None: all); ``request_cache``: folder of finished requests; ``allow_unknown_data``: take copies of the
+    ten sets that are neither known nor recorded in the folder.
 
     ``average`` is over ``average_tasks``: those of the paper's nine that were asked for, or, without any, all tasks.
     Raises FileNotFoundError and ValueError about the data files, on every rank.
@@ -50,10 +50,10 @@ def evaluate_tasks(
     _check_version()
     with failing_together(groups) if groups is not None else contextlib.nullcontext():
         data = _read(tasks, data_dir, limit, allow_unknown_data)
-    with _settings(model, show_progress, request_cache), tempfile.TemporaryDirectory() as folder:
-        with without_progress_bars():
-            made = {name: make_task(name, data[name], Path(folder), limit) for name in data}
-            found = evaluate(model, made, bootstrap_iters=0, log_samples=True)
+    settings = _settings(model, show_progress, request_cache)
+    with settings, tempfile.TemporaryDirectory() as folder, without_progress_bars():
+        made = {name: make_task(name, data[name], Path(folder), limit) for name in data}
+        found = evaluate(model, made, bootstrap_iters=0, log_samples=True)
     results = {name: _result(found["samples"][name], found["results"][name], data[name]) for name in data}
     averaged = [name for name in results if name in PAPER_TASKS] or list(results)
     return {

@@ -88,8 +88,8 @@ class HuggingFaceModel(Adapter):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if config.model_type not in EXPORTED:
             raise ValueError(
-                f"found a model of type {config.model_type} in {folder}, expected one of {', '.join(EXPORTED)}: evaluate "
-                "others with lm-eval's own hf model"
+                f"found a model of type {config.model_type} in {folder}, expected one of {', '.join(EXPORTED)}: "
+                "evaluate others with lm-eval's own hf model"
             )
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
         model.to(groups.device if groups else device).eval()

@@ -1,7 +1,7 @@
-"""Rows of a task's data file: what each task accepts, and the one shape that its definition and checksum are made for.
+"""Rows of a task's data file: what is accepted, and the one shape that a task's definition and checksum are made for.
 
-Two spellings are accepted wherever public copies differ: the fields of the Hugging Face data set that lm-eval reads, and
-flat ones. ``docs/evaluation.md`` lists both. A reader raises KeyError, TypeError or ValueError for a row it cannot use.
+Two spellings are accepted wherever public copies differ: the fields of the Hugging Face data set that lm-eval reads,
+and flat ones; ``docs/evaluation.md`` lists both. A reader raises KeyError, TypeError or ValueError for other rows.
 """
 
 from __future__ import annotations

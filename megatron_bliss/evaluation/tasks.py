@@ -1,7 +1,7 @@
 """lm-eval tasks over local files: the ten definitions of this package, and those made for a user's own files.
 
-A definition is data: YAML of this package read without lm-eval's ``!function`` tag, which runs code, or a dictionary made
-here. What comes from a data file is only ever the value of a template's variable.
+A definition is data: YAML of this package read without lm-eval's ``!function`` tag, which runs code, or a dictionary
+made here. What comes from a data file is only ever the value of a template's variable.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def definition(kind: str) -> dict:
 
 
 def make_task(name: str, data: TaskData, folder: Path, limit: int | None = None) -> ConfigurableTask:
-    """A task over the first ``limit`` rows (None: all), put in ``folder`` with what the datasets library makes of them."""
+    """A task over the first ``limit`` rows (None: all); ``folder`` takes them and what the datasets library makes."""
     config = definition(data.kind) | {"task": name}
     split = config.get("test_split") or config["validation_split"]
     path = folder / f"{name}.jsonl"
