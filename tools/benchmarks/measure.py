@@ -86,6 +86,22 @@ def measure_peak(case: Callable[[], object], device: torch.device) -> Peak:
     return Peak(max(_resident("VmHWM") - held, 0), held)
 
 
+def held_now(device: torch.device) -> int:
+    """Bytes that this process holds: allocated on a GPU, else resident."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _trim()
+    return _resident("VmRSS")
+
+
+def return_freed_memory() -> None:
+    """What ``ALLOCATOR`` asks of glibc, for a process that has since asked it for the opposite."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-1, 1 << 16), (-3, 1 << 16), (-4, 1 << 16)):  # trim and mmap threshold, number of mmaps
+        libc.mallopt(option, value)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's work."""
     if device.type == "cuda":
