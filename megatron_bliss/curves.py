@@ -56,7 +56,7 @@ def speedup(random_curve: Curve, bliss_curve: Curve) -> float | None:
 
 
 def rise_speedup(control: Curve, chosen: Curve) -> float | None:
-    """Return :func:`speedup` for curves that rise: steps at which control ends / at which chosen first has its value."""
+    """Return :func:`speedup` for curves that rise: steps control takes / steps chosen takes to its end."""
     return speedup(fallen(control), fallen(chosen))
 
 

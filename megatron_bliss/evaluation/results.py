@@ -1,4 +1,4 @@
-"""Results as the paper prints them: a row per checkpoint, a column per task and their average, value ± stderr in percent.
+"""Results as the paper prints them: a row per checkpoint, a column per task and their average, in percent ± error.
 
 A *result* is the document that ``evaluate_tasks`` returns and ``results.json`` holds; its format is 1.
 """
