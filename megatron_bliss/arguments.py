@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from megatron_bliss.baselines import BASELINES
 from megatron_bliss.config import Config, ModelConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
+from megatron_bliss.evaluation.checks import check_evaluation
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "evaluate")
 
@@ -44,6 +45,8 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_sizes(config)
     _check_data(config)
+    if config.evaluation.tasks:
+        check_evaluation(config.evaluation, config.data.train_prefix)
 
 
 def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> None:
@@ -83,6 +86,8 @@ def _check_run(config: Config) -> None:
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
     if config.stage in ROUND_STAGES:
+        if config.stage == "evaluate" and config.round == 0 and config.evaluation.tasks:
+            return  # the warm-up's target, shared by all arms
         if config.round is None or not 1 <= config.round <= config.rounds:
             raise ValueError(f"found round {config.round} for --stage {config.stage}, expected 1 to {config.rounds}")
         if config.arm not in arm_names(config):
@@ -101,6 +106,7 @@ def _check_sizes(config: Config) -> None:
         "pretraining.train_iters": config.pretraining.train_iters,
         "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
         "pretraining.eval_interval": config.pretraining.eval_interval,
+        "evaluation.batch_tokens": config.evaluation.batch_tokens,
         "checkpoint.save_interval": config.checkpoint.save_interval,
         "logging.log_interval": config.logging.log_interval,
     }

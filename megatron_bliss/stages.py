@@ -210,13 +210,29 @@ def pretrain_target(session: Session, folder: Path, arm: str, round_number: int)
 
 
 def evaluate_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
-    """Losses of the checkpoint that the round left, as read back from disk."""
+    """Losses and task results of the checkpoint that a round left, as read back from disk (0: the warm-up's)."""
     config = session.config
     target = _saved_target(session, arm, round_number)
     iteration = config.pretraining.warmup_iters + round_number * config.pretraining.train_iters
     tokens = iteration * config.pretraining.global_batch_size * config.data.seq_length
-    losses = _test_losses(session)(target)
-    return {"evaluation": {"iteration": iteration, "tokens": tokens, "losses": losses}, "flops": 0.0}
+    evaluation = {"iteration": iteration, "tokens": tokens, "losses": _test_losses(session)(target)}
+    if not config.evaluation.tasks:
+        return {"evaluation": evaluation, "flops": 0.0}
+    from megatron_bliss.evaluation.stage import evaluate_checkpoint, task_metrics  # lm-eval takes seconds to import
+
+    result = evaluate_checkpoint(
+        config.evaluation,
+        target,
+        session.groups,
+        folder,
+        train_prefix=config.data.train_prefix,
+        max_length=config.data.seq_length,
+        label=f"{arm}, round {round_number}" if round_number else "warm-up",
+        show_progress=session.show_progress,
+    )
+    session.metrics.truncate(arm, round_number, "evaluate", -1)  # of an attempt that was killed before it was finished
+    session.metrics.log(iteration, task_metrics(result), arm=arm, round=round_number, stage="evaluate")
+    return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
 
 
 def _train_target(session: Session, folder: Path, arm: str, round_number: int, prefix: str, start: Path | None) -> dict:
