@@ -78,8 +78,20 @@ class TargetConfig(ModelConfig):
     """Ranks that share one layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks per pipeline rank; more than 1 interleaves them (smaller bubbles, more communication)."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence inside a tensor-parallel group."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations to recompute in the backward pass: none, the parts in recompute_modules, or whole layers."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With full: keep one input per recompute_num_layers layers, or recompute only that many layers of each chunk."""
+    recompute_num_layers: int = 1
+    """With full: layers recomputed together (uniform), or layers recomputed at all, per model chunk (block)."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective: core_attn and/or mlp."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Norms and attention: Transformer Engine's, or this package's; auto takes the former on CUDA if installed."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it."""
     init_method_std: float = 0.02
@@ -94,8 +106,12 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["constant", "cosine"] = "constant"
-    """What happens to the learning rate after warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "constant"
+    """What happens to the learning rate after warm-up; WSD is constant until the last lr_wsd_decay_iters."""
+    lr_wsd_decay_iters: int = 0
+    """With WSD: iterations at the end over which the learning rate falls to min_lr."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    """With WSD: how it falls; minus_sqrt is 1 - sqrt(share of the decay that is done)."""
     lr_warmup_iters: int = 0
     """Iterations over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.1
@@ -217,6 +233,25 @@ class PretrainingConfig:
     """Optimiser and learning-rate schedule over all segments together."""
     use_distributed_optimizer: bool = True
     """Shard optimiser states over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights from data-parallel ranks while the next forward pass goes on (needs both above)."""
+    decay_branch_iters: int = 0
+    """After every segment, train a copy this much longer while its learning rate falls to optimizer.min_lr, to be
+    evaluated in the main line's place (0: none; the paper: 200)."""
+    decay_branch_style: Literal["linear", "minus_sqrt"] = "linear"
+    """How the decay branch's learning rate falls."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: end the run, or leave the iteration's update out and go on."""
+    max_consecutive_skips: int = 10
+    """A run that leaves out more updates than this in a row is stopped."""
+    loss_spike_factor: float = 0.0
+    """A loss above this many times the median of recent ones is a spike (0: none is)."""
+    loss_spike_window: int = 100
+    """Iterations whose losses count as recent; before a segment has so many, nothing is a spike."""
+    on_loss_spike: Literal["warn", "skip", "stop"] = "warn"
+    """At a loss spike: say so, leave the iteration's update out, or end the run."""
     eval_interval: int = 1000
     """Iterations between evaluations on data.test_prefixes."""
 
@@ -262,6 +297,8 @@ class LoggingConfig:
     """Progress bars: auto draws them on a terminal and prints a line now and then elsewhere."""
     tensorboard: bool = True
     """Also write tensorboard/ in the run folder."""
+    device_peak_tflops: float = 0.0
+    """Peak of one device in params_dtype, for its utilisation (0: by name for known NVIDIA devices, else none)."""
 
 
 @dataclass(frozen=True)

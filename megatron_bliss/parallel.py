@@ -116,6 +116,7 @@ def initialize(platform: PlatformConfig, target: TargetConfig, seed: int) -> Gro
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=target.tensor_model_parallel_size,
         pipeline_model_parallel_size=target.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_chunks(target),
         distributed_timeout_minutes=math.ceil(platform.distributed_timeout_minutes),  # whole minutes there
         create_gloo_process_groups=False,
     )
@@ -169,6 +170,13 @@ def _check_layout(target: TargetConfig, world_size: int) -> None:
             f"(target.tensor_model_parallel_size={tensor} x target.pipeline_model_parallel_size={pipeline}): start "
             "another number of processes with torchrun --nproc-per-node, or change one of the two sizes"
         )
+
+
+def _chunks(target: TargetConfig) -> int | None:
+    """megatron-core's word for chunks per rank; None for a pipeline that is not interleaved (or can't be: see
+    ``models.target.check_layout``)."""
+    chunks = target.virtual_pipeline_model_parallel_size
+    return chunks if chunks > 1 and target.pipeline_model_parallel_size > 1 else None
 
 
 def set_seeds(seed: int) -> None:

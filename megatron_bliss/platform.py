@@ -18,6 +18,7 @@ from importlib import metadata
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 
 from megatron_bliss.config import PlatformConfig
 
@@ -126,6 +127,7 @@ def patch_megatron_core_for_cpu() -> None:
     patch_random_states()
     patch_type_names()
     patch_explicit_cuda_devices()
+    patch_pipeline_exchanges()
     torch.cuda._megatron_bliss_patched = True
 
 
@@ -215,6 +217,32 @@ def patch_explicit_cuda_devices() -> None:
     without_cuda = _TorchWithoutCuda()
     for module in (utils, clip_grads, optimizer, schedules):
         module.torch = without_cuda
+
+
+def patch_pipeline_exchanges() -> None:
+    """In an interleaved pipeline of two ranks both neighbours are the same rank, and what one sends "back" would be
+    taken for what it sends "on": give the two directions tags of their own, which gloo has and NCCL has not.
+
+    megatron-core avoids the mix-up on NCCL by exchanges that do not wait (``overlap_p2p_comm``); these hang on gloo,
+    where a send ends only when its receiver has come. Goes when megatron-core tags its exchanges.
+    """
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    forward, backward = 1, 2
+
+    def exchange(
+        *, tensor_send_prev, tensor_recv_prev, tensor_send_next, tensor_recv_next, group, prev_pipeline_rank,
+        next_pipeline_rank,
+    ) -> list[dist.Work]:  # fmt: skip
+        plan = [
+            (dist.isend, tensor_send_prev, prev_pipeline_rank, backward),
+            (dist.irecv, tensor_recv_prev, prev_pipeline_rank, forward),
+            (dist.isend, tensor_send_next, next_pipeline_rank, forward),
+            (dist.irecv, tensor_recv_next, next_pipeline_rank, backward),
+        ]
+        return [start(tensor, rank, group, tag) for start, tensor, rank, tag in plan if tensor is not None]
+
+    p2p_communication._batched_p2p_ops = exchange
 
 
 def peak_memory_bytes() -> int:

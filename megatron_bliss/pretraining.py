@@ -6,6 +6,7 @@ Shapes: b samples, s tokens.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -23,12 +24,15 @@ from megatron_bliss import checkpoint
 from megatron_bliss.config import PlatformConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.data.sequences import MicroBatch, TrainingSequences
-from megatron_bliss.metrics import MetricsLogger, Progress, progress
+from megatron_bliss.metrics import MetricsLogger, Progress
 from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.target import Target, build_target, forward_only
 from megatron_bliss.parallel import Groups, broadcast_object
 from megatron_bliss.platform import choose_dtype
-from megatron_bliss.target_trainer import TargetTrainer, load_target_weights
+from megatron_bliss.target_trainer import Step, TargetTrainer, load_target_weights
+from megatron_bliss.throughput import peak_flops
+from megatron_bliss.training_health import SKIP, STOP, WARN, TrainingHealth
+from megatron_bliss.training_log import TrainingLog
 
 Evaluation = list[Any]
 """[iteration, tokens trained on since the start of the run, {test set: loss}]."""
@@ -45,6 +49,8 @@ class SegmentResult:
     seconds: float
     flops: float
     checkpoint: Path
+    skipped: int
+    """Iterations that left the weights alone."""
 
 
 def train_segment(
@@ -72,6 +78,7 @@ def train_segment(
     progress: bool = False,
     num_workers: int = 0,
     init_seed: int | None = None,
+    device_peak_tflops: float = 0.0,
 ) -> SegmentResult:
     """Collective: train the target on ``data_prefix`` and leave ``folder/step_LAST/``.
 
@@ -81,7 +88,8 @@ def train_segment(
     whole batch.
 
     A run that was killed and started again gives the same weights, evaluations and metrics, bit for bit. Raises
-    ValueError for options that don't fit, RuntimeError on every rank where loss or gradient are no longer finite.
+    ValueError for options that don't fit, RuntimeError on every rank where ``config`` says to stop: at a loss or
+    gradient that is not finite, at a spike of the loss, after too many updates left out in a row.
     """
     _check_span(first_iteration, last_iteration, total_iterations)
     target = build_target(
@@ -105,15 +113,30 @@ def train_segment(
     )
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration)
     segment.load(start)
-    log = _Log(metrics, log_interval, progress and groups.is_main, arm=arm, round=round, stage=stage)
+    flops_per_iteration = (1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length)
+    flops_per_iteration *= segment.tokens_per_iteration
+    log = TrainingLog(
+        metrics,
+        log_interval,
+        progress and groups.is_main,
+        tokens_per_iteration=segment.tokens_per_iteration,
+        flops_per_iteration=flops_per_iteration,
+        devices=groups.world_size,
+        peak_flops=peak_flops(platform, groups.device, device_peak_tflops),
+        speaks=groups.is_main,
+        arm=arm,
+        round=round,
+        stage=stage,
+    )
     segment.run(config.eval_interval, save_interval, evaluate, log)
-    tokens = (last_iteration - first_iteration) * segment.tokens_per_iteration
+    iterations = last_iteration - first_iteration
     result = SegmentResult(
         evaluations=segment.evaluations,
-        tokens=tokens,
+        tokens=iterations * segment.tokens_per_iteration,
         seconds=segment.seconds,
-        flops=(1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length) * tokens,
+        flops=iterations * flops_per_iteration,
         checkpoint=checkpoint.step_folder(folder, last_iteration),
+        skipped=segment.health.skipped,
     )
     del segment, trainer, target
     gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles
@@ -128,40 +151,6 @@ def _check_span(first: int, last: int, total: int) -> None:
         )
 
 
-class _Log:
-    """Where the numbers of a segment go."""
-
-    def __init__(self, metrics: MetricsLogger | None, interval: int, show_progress: bool, **labels: str | int) -> None:
-        self.metrics, self.interval, self.show_progress, self.labels = metrics, interval, show_progress, labels
-        self._seconds, self._iterations = 0.0, 0
-
-    def bar(self, total: int, done: int) -> Progress:
-        """The progress line of the segment."""
-        name = " ".join(str(part) for part in (self.labels["arm"], "round", self.labels["round"]))
-        description = f"{name} target" if self.labels["round"] else "warm-up target"
-        return progress(total, description=description, unit="steps", enabled=self.show_progress, initial=done)
-
-    def count(self, seconds: float) -> None:
-        """Add an iteration's time (evaluations and checkpoints are left out)."""
-        self._seconds, self._iterations = self._seconds + seconds, self._iterations + 1
-
-    def milliseconds_per_iteration(self) -> float:
-        """Mean since the last call."""
-        milliseconds = 1000 * self._seconds / self._iterations
-        self._seconds, self._iterations = 0.0, 0
-        return milliseconds
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Log values at a step of the segment."""
-        if self.metrics is not None:
-            self.metrics.log(step, values, **self.labels)
-
-    def drop_after(self, step: int) -> None:
-        """Forget what a killed run logged after the checkpoint that this one goes on from."""
-        if self.metrics is not None:
-            self.metrics.truncate(step=step, **self.labels)
-
-
 class _Segment:
     """Progress of one segment: its counters, and the loop that moves them."""
 
@@ -170,6 +159,7 @@ class _Segment:
         self.groups, self.config = trainer.groups, trainer.config
         self.iteration, self.seconds = first, 0.0
         self.evaluations: list[Evaluation] = []
+        self.health = TrainingHealth(trainer.config)
         self.tokens_per_iteration = trainer.config.global_batch_size * trainer.seq_length
 
     def load(self, start: str | Path | None) -> None:
@@ -191,7 +181,9 @@ class _Segment:
             )
         self.trainer.load(weights, state, shared["iteration"])
         self.iteration = shared["iteration"]
+        self.trainer.set_iteration(self.iteration)
         if own is not None:
+            self.health.load(shared["health"])
             self.seconds, self.evaluations = shared["seconds"], shared["evaluations"]
 
     def save(self) -> None:
@@ -201,6 +193,7 @@ class _Segment:
             "evaluations": self.evaluations,
             "seconds": self.seconds,
             "data": self.data.digest,
+            "health": self.health.state(),
         }
         weights, state = self.trainer.weights(), self.trainer.state()
         checkpoint.save_checkpoint(
@@ -208,10 +201,16 @@ class _Segment:
         )
 
     def run(
-        self, eval_interval: int, save_interval: int, evaluate: Callable[[Target], dict[str, float]] | None, log: _Log
+        self,
+        eval_interval: int,
+        save_interval: int,
+        evaluate: Callable[[Target], dict[str, float]] | None,
+        log: TrainingLog,
     ) -> None:
         """Train to the last iteration."""
         log.drop_after(self.iteration - self.first)
+        if self.iteration < self.last:
+            log.say(f"kernels: {self.trainer.describe()}")
         consumed = (self.iteration - self.first) * self.config.global_batch_size
         batches = self.data.micro_batches(consumed, self.config.global_batch_size, self.config.micro_batch_size)
         seconds_before, began = self.seconds, time.perf_counter()
@@ -219,42 +218,48 @@ class _Segment:
             while self.iteration < self.last:
                 self._iterate(batches, log, bar)
                 is_last = self.iteration == self.last
-                if evaluate is not None and (is_last or self.iteration % eval_interval == 0):
-                    self._evaluate(evaluate, log)
-                self.seconds = seconds_before + time.perf_counter() - began
-                if is_last or self.iteration % save_interval == 0:
-                    self.save()
+                evaluates = evaluate is not None and (is_last or self.iteration % eval_interval == 0)
+                saves = is_last or self.iteration % save_interval == 0
+                with self.trainer.settled() if evaluates or saves else contextlib.nullcontext():
+                    if evaluates:
+                        self._evaluate(evaluate, log)
+                    self.seconds = seconds_before + time.perf_counter() - began
+                    if saves:
+                        self.save()
 
-    def _iterate(self, batches: Iterator[MicroBatch], log: _Log, bar: Progress) -> None:
+    def _iterate(self, batches: Iterator[MicroBatch], log: TrainingLog, bar: Progress) -> None:
         began = time.perf_counter()
-        step = self.trainer.step(batches)
+        step = self.trainer.step(batches, self.health.accepts)
         log.count(time.perf_counter() - began)
         self.iteration += 1
-        if not step.is_finite:
-            self._stop(step.grad_norm)
+        self._tell(step, log)
         bar.update()
         if self.iteration % log.interval == 0 or self.iteration == self.last:
-            loss, milliseconds = self.trainer.take_loss(), log.milliseconds_per_iteration()
-            bar.set(loss=loss)
-            values = {
-                "loss": loss,
-                "grad_norm": step.grad_norm,
-                "lr": step.lr,
-                "tokens_per_second": 1000 * self.tokens_per_iteration / milliseconds,
-                "milliseconds_per_iteration": milliseconds,
-            }
+            values = {"loss": self.trainer.take_loss(), "grad_norm": step.grad_norm, "lr": step.lr}
+            values |= {"skipped_iterations": self.health.skipped, **log.speed()}
+            log.show(bar, values)
             log.write(self.iteration - self.first, values)
 
-    def _stop(self, grad_norm: float) -> None:
-        """Every rank raises: the gradient's norm is the same number on all of them."""
-        saved = checkpoint.latest(self.folder)
-        raise RuntimeError(
-            f"found loss {self.trainer.take_loss()} and gradient norm {grad_norm} at iteration {self.iteration}, "
-            f"expected finite numbers: nothing was saved after {saved or 'the start of the segment'}; lower "
-            "pretraining.optimizer.lr, lengthen lr_warmup_iters or lower clip_grad, then run the same command again"
-        )
+    def _tell(self, step: Step, log: TrainingLog) -> None:
+        """Say what was unusual about an iteration; RuntimeError on every rank where it ends the run."""
+        health = self.health
+        if health.verdict == STOP:
+            saved = checkpoint.latest(self.folder)
+            raise RuntimeError(
+                f"{health.reason} at iteration {self.iteration}: nothing was saved after "
+                f"{saved or 'the start of the segment'}; lower pretraining.optimizer.lr, lengthen lr_warmup_iters or "
+                "lower clip_grad, or leave such updates out (pretraining.on_nonfinite or on_loss_spike: skip), then "
+                "run again"
+            )
+        if health.verdict == SKIP:
+            log.say(f"iteration {self.iteration} left out ({health.skipped} so far): {health.reason}")
+        if health.verdict == WARN:
+            log.say(f"warning: iteration {self.iteration}: {health.reason}")
+        if health.verdict in (SKIP, WARN):
+            values = {"unusual_loss": step.loss, "unusual_grad_norm": step.grad_norm, "left_out": not step.updated}
+            log.write(self.iteration - self.first, values)
 
-    def _evaluate(self, evaluate: Callable[[Target], dict[str, float]], log: _Log) -> None:
+    def _evaluate(self, evaluate: Callable[[Target], dict[str, float]], log: TrainingLog) -> None:
         losses = evaluate(self.trainer.target)
         self.evaluations.append([self.iteration, self.iteration * self.tokens_per_iteration, losses])
         log.write(self.iteration - self.first, {f"evaluation/{name}": loss for name, loss in losses.items()})

@@ -5,8 +5,9 @@ One object per segment; nothing of it outlives the segment or is shared between 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +21,26 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron_bliss.config import OptimizerConfig, PretrainingConfig
+from megatron_bliss.config import PretrainingConfig
 from megatron_bliss.data.sequences import MicroBatch
-from megatron_bliss.models.target import Target, TargetChunk
+from megatron_bliss.learning_rate import build_scheduler, set_iteration
+from megatron_bliss.models.target import Target
 from megatron_bliss.parallel import Groups
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one iteration gave: the norm of the whole gradient before clipping, and the learning rate it was used at."""
+    """What one iteration gave, the same numbers on every rank: mean loss over the batch's real tokens, the norm of the
+    whole gradient before clipping, the learning rate, and whether the weights were updated."""
 
+    loss: float
     grad_norm: float
     lr: float
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.grad_norm)
+    updated: bool
 
 
 class TargetTrainer:
@@ -56,16 +56,20 @@ class TargetTrainer:
         total_iterations: int,
     ) -> None:
         self.target, self.groups, self.config, self.seq_length = target, groups, config, seq_length
-        self.num_micro_batches = num_micro_batches(config, groups)
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
-        )
+        self.num_micro_batches = num_micro_batches(config, groups, len(target))
+        ddp_config = _data_parallel_config(config)
         self.wrapped = [
-            DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=groups.collection)
-            for chunk in target
+            DistributedDataParallel(
+                chunk.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.collection
+            )
+            for i, chunk in enumerate(target)  # only the first chunk's gradients are the last to be ready
         ]
         model_config = target[0].config
         model_config.finalize_model_grads_func = finalize_model_grads
+        if config.overlap_grad_reduce:
+            model_config.no_sync_func = [chunk.no_sync for chunk in self.wrapped]
+            if len(target) == 1:
+                model_config.no_sync_func = self.wrapped[0].no_sync
         self.optimizer = get_megatron_optimizer(
             _optimizer_config(config, model_config.params_dtype),
             self.wrapped,
@@ -74,21 +78,26 @@ class TargetTrainer:
         )
         for inner in self._inner_optimizers():
             _use_fused_kernel(inner)
-        self.scheduler = _scheduler(self.optimizer, config.optimizer, total_iterations)
-        self._schedule = get_forward_backward_func(groups.pipeline_model_parallel_size, None)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, total_iterations)
+        interleaved = len(target) > 1
+        self._schedule = get_forward_backward_func(groups.pipeline_model_parallel_size, 2 if interleaved else None)
         pipelined = groups.pipeline_model_parallel_size > 1
         self._p2p = P2PCommunicator(groups.pipeline_model_parallel_group, model_config) if pipelined else None
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=groups.device)
-        """[summed loss, tokens] that this rank saw since :meth:`take_loss` last asked (last pipeline stage only)."""
+        """[summed loss, tokens] of the updates since :meth:`take_loss` last asked, over all ranks."""
 
-    def step(self, micro_batches: Iterator[MicroBatch]) -> Step:
-        """One iteration over the next ``num_micro_batches``; a gradient that is not finite leaves the weights alone."""
+    def step(self, micro_batches: Iterator[MicroBatch], accepts: Callable[[float, float], bool]) -> Step:
+        """One iteration over the next ``num_micro_batches``.
+
+        ``accepts(loss, gradient norm)`` decides, alike on every rank, whether weights and optimizer are updated.
+        """
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         parts = self._schedule(
             forward_step_func=self._forward,
-            data_iterator=micro_batches,
+            # Of a rank's chunks only one reads data: the pipeline's first or its last.
+            data_iterator=[micro_batches] * len(self.wrapped) if len(self.wrapped) > 1 else micro_batches,
             model=self.wrapped,
             num_microbatches=self.num_micro_batches,
             seq_length=self.seq_length,
@@ -97,12 +106,11 @@ class TargetTrainer:
             p2p_communicator=self._p2p,
             pg_collection=self.groups.collection,
         )
-        for part in parts:
-            self.loss_sum += part
-        return self._update()
+        return self._update(parts, accepts)
 
-    def _forward(self, micro_batches: Iterator[MicroBatch], chunk: TargetChunk):
-        batch = next(micro_batches) if self.needs_data else None
+    def _forward(self, micro_batches: Iterator[MicroBatch], chunk: DistributedDataParallel):
+        reads_data = chunk.module.pre_process or chunk.module.post_process
+        batch = next(micro_batches) if reads_data else None
         output = chunk(None, None) if batch is None else chunk(batch.tokens, batch.labels)
 
         def total_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,44 +119,73 @@ class TargetTrainer:
 
         return output, total_loss
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether this rank's stage embeds tokens or compares with labels."""
-        return self.groups.is_first_pipeline_stage or self.groups.is_last_pipeline_stage
-
-    def _update(self) -> Step:
-        """Clip and step, as the optimizer's own ``step`` does, but look at the gradient's norm before the update."""
+    def _update(self, parts: list[Tensor], accepts: Callable[[float, float], bool]) -> Step:
+        """Clip and step, as the optimizer's own ``step`` does, but look at loss and gradient norm before the update."""
         self.optimizer.prepare_grads()
-        step = Step(self._gradient_norm(), self.scheduler.get_lr({}))
-        if step.is_finite:
+        total, grad_norm = self._measure(parts)
+        summed, tokens = total.tolist()
+        loss, rate = summed / tokens if tokens else math.nan, self.scheduler.get_lr({})
+        updated = accepts(loss, grad_norm)
+        if updated:
+            self.loss_sum += total
             limit = self.config.optimizer.clip_grad
             if limit > 0 and self.optimizer.get_parameters():
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), limit, step.grad_norm)
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), limit, grad_norm)
             self.optimizer.step_with_ready_grads()
-            self.scheduler.step(1)
-        return step
+        self.scheduler.step(1)
+        return Step(loss, grad_norm, rate, updated)
 
-    def _gradient_norm(self) -> float:
-        """Norm of the whole model's gradient, the same number on every rank.
+    def _measure(self, parts: list[Tensor]) -> tuple[Tensor, float]:
+        """[summed loss, tokens] of the batch and the norm of the whole model's gradient, by one exchange: the same
+        bits on every rank, so that all decide alike.
 
-        megatron-core's own, without Apex, adds in fp32 (4e-4 off for an embedding's few large rows, so that the result
-        depends on how the rows are split) and waits for the device once per weight.
+        megatron-core's own norm, without Apex, adds in fp32 (4e-4 off for an embedding's few large rows, so that the
+        result depends on how the rows are split) and waits for the device once per weight.
         """
-        squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        mine = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        if parts and self.groups.tensor_model_parallel_rank == 0:
+            mine[:2] = torch.stack(parts).sum(0)
         for outer in self.optimizer.chained_optimizers:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in outer.get_main_grads_for_grad_norm()]
             if norms:
-                squares += torch.stack(norms).square().sum()
-        dist.all_reduce(squares, group=self.optimizer.get_grad_stats_parallel_group())
-        return math.sqrt(squares.item())
+                mine[2] += torch.stack(norms).square().sum()
+        # Without the distributed optimizer every data-parallel rank holds the whole gradient.
+        mine[2] /= self.groups.world_size // self.optimizer.get_grad_stats_parallel_group().size()
+        dist.all_reduce(mine, group=self.groups.world_group)
+        return mine[:2], math.sqrt(mine[2].item())
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Collective: inside, every rank holds all of its weights and may run the target as it likes.
+
+        With ``overlap_param_gather`` weights are otherwise gathered when the next training step reads them.
+        """
+        overlapped = self.wrapped if self.config.overlap_param_gather else []
+        for chunk in overlapped:
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
+
+    def set_iteration(self, iteration: int) -> None:
+        """Put the learning rate where ``iteration`` finished iterations leave it."""
+        set_iteration(self.scheduler, self.config.optimizer, iteration)
+
+    def describe(self) -> str:
+        """Which layers, attention and optimizer kernels are in use."""
+        chunk = self.target[0]
+        optimizers = {kernel_name(inner) for inner in self._inner_optimizers()} or {"none on this rank"}
+        attention = type(chunk.decoder.layers[0].self_attention.core_attention).__name__
+        norm = type(chunk.decoder.layers[0].input_layernorm)
+        return (
+            f"layers {type(chunk.decoder.layers[0]).__name__} with {norm.__module__.split('.')[0]}'s {norm.__name__}, "
+            f"attention {attention}, optimizer {', '.join(sorted(optimizers))}"
+        )
 
     def take_loss(self) -> float:
-        """Collective: mean loss over all tokens since the last call, on every rank."""
-        counted = self.groups.is_last_pipeline_stage and self.groups.tensor_model_parallel_rank == 0
-        total = self.loss_sum.clone() if counted else torch.zeros_like(self.loss_sum)
-        dist.all_reduce(total, group=self.groups.world_group)
+        """Mean loss over all tokens of the updates since the last call; NaN where there were none."""
+        summed, tokens = self.loss_sum.tolist()
         self.loss_sum.zero_()
-        summed, tokens = total.tolist()
         return summed / tokens if tokens else math.nan
 
     def _inner_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -179,8 +216,7 @@ class TargetTrainer:
             for parameter, value in zip(_parameters(inner), saved, strict=True):
                 parameter.copy_(value)
         self.loss_sum.copy_(state["loss_sum"])
-        self.scheduler.num_steps = iteration
-        self.scheduler.step(0)
+        self.set_iteration(iteration)
 
 
 def target_weights(target: Target) -> dict[str, dict[str, Tensor]]:
@@ -204,7 +240,7 @@ def load_target_weights(target: Target, weights: dict[str, dict[str, Tensor]]) -
             parameter.copy_(saved[name])
 
 
-def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
+def num_micro_batches(config: PretrainingConfig, groups: Groups, chunks: int = 1) -> int:
     """Forward passes of one replica per iteration; ValueError where the batch sizes don't divide."""
     at_once = config.micro_batch_size * groups.data_parallel_size
     if config.global_batch_size % at_once:
@@ -213,7 +249,28 @@ def num_micro_batches(config: PretrainingConfig, groups: Groups) -> int:
             f"(micro_batch_size={config.micro_batch_size} x {groups.data_parallel_size} data-parallel ranks): change "
             "pretraining.global_batch_size or pretraining.micro_batch_size"
         )
-    return config.global_batch_size // at_once
+    count, stages = config.global_batch_size // at_once, groups.pipeline_model_parallel_size
+    if chunks > 1 and count % stages:
+        raise ValueError(
+            f"found {count} micro-batches per iteration, expected a multiple of target.pipeline_model_parallel_size="
+            f"{stages} for an interleaved pipeline: change pretraining.global_batch_size or micro_batch_size, or set "
+            "target.virtual_pipeline_model_parallel_size=1"
+        )
+    return count
+
+
+def _data_parallel_config(config: PretrainingConfig) -> DistributedDataParallelConfig:
+    if config.overlap_param_gather and not (config.use_distributed_optimizer and config.overlap_grad_reduce):
+        raise ValueError(
+            "found pretraining.overlap_param_gather without use_distributed_optimizer and overlap_grad_reduce, "
+            "expected both with it: set them, or leave it out"
+        )
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+    )
 
 
 def _optimizer_config(config: PretrainingConfig, params_dtype: torch.dtype) -> MegatronOptimizerConfig:
@@ -230,6 +287,7 @@ def _optimizer_config(config: PretrainingConfig, params_dtype: torch.dtype) -> M
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.overlap_param_gather,
     )
 
 
@@ -240,31 +298,12 @@ def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:
             group.update(fused=True, foreach=False)
 
 
+def kernel_name(optimizer: torch.optim.Optimizer) -> str:
+    """``torch AdamW (fused)``, ``transformer_engine FusedAdam``, ``apex FusedAdam``: megatron-core takes the last two
+    where they are installed."""
+    name = f"{type(optimizer).__module__.split('.')[0]} {type(optimizer).__name__}"
+    return f"{name} (fused)" if any(group.get("fused") for group in optimizer.param_groups) else name
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _scheduler(optimizer, settings: OptimizerConfig, total_iterations: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant or cosine, over all segments of the run together."""
-    if settings.lr_decay_style != "constant" and settings.lr_warmup_iters >= total_iterations:
-        raise ValueError(
-            f"found pretraining.optimizer.lr_warmup_iters={settings.lr_warmup_iters}, expected less than the run's "
-            f"{total_iterations} iterations: lower it, or set pretraining.optimizer.lr_decay_style=constant"
-        )
-    if settings.min_lr > settings.lr:
-        raise ValueError(
-            f"found pretraining.optimizer.min_lr={settings.min_lr}, expected at most lr={settings.lr}: lower it"
-        )
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=max(total_iterations, settings.lr_warmup_iters + 1),
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -17,6 +17,7 @@ from megatron_bliss.config import OptimizerConfig, PlatformConfig
 from megatron_bliss.files import read_json, write_json
 from megatron_bliss.models.target import last_hidden_states, output_weight
 from megatron_bliss.pretraining import evaluate_loss, load_target
+from megatron_bliss.training_log import MEASURED
 from tests.distributed import run_distributed
 from tests.targets import (
     LLAMA,
@@ -32,7 +33,7 @@ from tests.targets import (
     train,
 )
 
-TIMES = ("time", "tokens_per_second", "milliseconds_per_iteration")
+TIMES = ("time", *MEASURED)
 
 
 def curve(entries: list[dict], name: str) -> np.ndarray:

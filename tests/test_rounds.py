@@ -17,6 +17,7 @@ import yaml
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.validation import ValidationSettings, prepare_validation
+from megatron_bliss.training_log import MEASURED
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "that", "ran", "to", "red", "houses"]
@@ -137,7 +138,7 @@ def finished(corpus: Path, tmp_path_factory) -> Path:
 
 
 def metric_lines(run_folder: Path) -> list[dict]:
-    timed = ("time", "tokens_per_second", "milliseconds_per_iteration")
+    timed = ("time", *MEASURED)
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

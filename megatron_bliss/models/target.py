@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -28,12 +28,19 @@ from torch import Tensor
 
 from megatron_bliss.config import TargetConfig
 from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.target_layers import VocabularyParallelCrossEntropy, branch_mask, layer_spec
+from megatron_bliss.models.target_layers import (
+    LAYER_PARTS,
+    VocabularyParallelCrossEntropy,
+    branch_mask,
+    choose_transformer_impl,
+    layer_spec,
+)
+from megatron_bliss.models.target_layout import check_layout, padded_vocab_size, rotary_percent, transformer_config
 from megatron_bliss.parallel import Groups, all_gather
 
 T = TypeVar("T")
 Target = list["TargetChunk"]
-"""The chunks of the target that this rank holds: one, until pipelines are interleaved."""
+"""The chunks of the target that this rank holds, in the order of their layers: several in an interleaved pipeline."""
 
 
 class TargetChunk(GPTModel):
@@ -86,93 +93,44 @@ def build_target(
     """The target with initial weights, on ``groups.device``; ValueError where its sizes don't fit the layout."""
     check_layout(config, architecture, seq_length)
     model_config = transformer_config(config, architecture, params_dtype)
+    chunks = config.virtual_pipeline_model_parallel_size
+    target = [
+        _build_chunk(config, model_config, architecture, groups, seq_length, part, chunks) for part in range(chunks)
+    ]
+    for chunk in target:
+        initialize_weights(chunk, architecture, groups, seed)
+    return [chunk.to(groups.device) for chunk in target]
+
+
+def _build_chunk(
+    config: TargetConfig,
+    model_config: TransformerConfig,
+    architecture: Architecture,
+    groups: Groups,
+    seq_length: int,
+    part: int,
+    parts: int,
+) -> TargetChunk:
+    """Chunk ``part`` of this rank's ``parts``, with weights that are yet to be drawn."""
     is_llama = architecture.architecture == "llama"
-    block = layer_spec(parallel_residual=not is_llama, rms_norm=is_llama)
-    final_norm = block.submodules.input_layernorm
-    layers = get_num_layers_to_build(model_config, pp_rank=groups.pipeline_model_parallel_rank)
-    chunk = TargetChunk(
+    parts_of_layers = LAYER_PARTS[choose_transformer_impl(config.transformer_impl, groups.device)]()
+    block = layer_spec(parts_of_layers, parallel_residual=not is_llama, rms_norm=is_llama)
+    stage = part if parts > 1 else None
+    layers = get_num_layers_to_build(model_config, vp_stage=stage, pp_rank=groups.pipeline_model_parallel_rank)
+    return TargetChunk(
         model_config,
-        TransformerBlockSubmodules(layer_specs=[block] * layers, layer_norm=final_norm),
+        TransformerBlockSubmodules(layer_specs=[block] * layers, layer_norm=block.submodules.input_layernorm),
         padded_vocab_size(architecture.vocab_size, config.make_vocab_size_divisible_by),
         seq_length,
         real_vocab_size=architecture.vocab_size,
-        pre_process=groups.is_first_pipeline_stage,
-        post_process=groups.is_last_pipeline_stage,
+        pre_process=groups.is_first_pipeline_stage and part == 0,
+        post_process=groups.is_last_pipeline_stage and part == parts - 1,
         share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_percent=_rotary_percent(architecture),
+        rotary_percent=rotary_percent(architecture),
         rotary_base=architecture.rotary_base,
         pg_collection=groups.collection,
-    )
-    initialize_weights(chunk, architecture, groups, seed)
-    return [chunk.to(groups.device)]
-
-
-def _rotary_percent(architecture: Architecture) -> float:
-    """The share of a head that megatron-core rounds down to the architecture's whole number of rotated channels."""
-    return min(1.0, (architecture.rotary_channels + 0.5) / architecture.kv_channels)
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """Rows of the embedding and output matrices: the vocabulary, rounded up."""
-    return -(-vocab_size // divisible_by) * divisible_by
-
-
-def check_layout(config: TargetConfig, architecture: Architecture, seq_length: int) -> None:
-    """ValueError where the tensor- or pipeline-parallel size does not divide what it has to divide."""
-    tensor = config.tensor_model_parallel_size
-    divided = {
-        "target.make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
-        "target.num_attention_heads": architecture.num_attention_heads,
-        "target.num_query_groups": architecture.num_query_groups,
-        "target.ffn_hidden_size": architecture.ffn_hidden_size,
-    }
-    if config.sequence_parallel:
-        divided["data.seq_length (with target.sequence_parallel)"] = seq_length
-    for option, value in divided.items():
-        if value % tensor:
-            raise ValueError(
-                f"found {option}={value}, expected a multiple of target.tensor_model_parallel_size={tensor}: change "
-                "one of the two"
-            )
-    if architecture.num_layers % config.pipeline_model_parallel_size:
-        raise ValueError(
-            f"found target.num_layers={architecture.num_layers}, expected a multiple of "
-            f"target.pipeline_model_parallel_size={config.pipeline_model_parallel_size}: change one of the two"
-        )
-
-
-def transformer_config(
-    config: TargetConfig, architecture: Architecture, params_dtype: torch.dtype
-) -> TransformerConfig:
-    """megatron-core's description of the architecture and its parallel layout."""
-    is_llama = architecture.architecture == "llama"
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        normalization="RMSNorm" if is_llama else "LayerNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        activation_func=F.silu if is_llama else F.gelu,
-        gated_linear_unit=is_llama,
-        add_bias_linear=not is_llama,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method=torch.nn.Identity(),  # initialize_weights draws them
-        output_layer_init_method=torch.nn.Identity(),
-        use_cpu_initialization=True,
-        params_dtype=params_dtype,
-        bf16=params_dtype == torch.bfloat16,
-        pipeline_dtype=params_dtype,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        sequence_parallel=config.sequence_parallel and config.tensor_model_parallel_size > 1,
-        calculate_per_token_loss=True,
-        cuda_graph_scope=[],  # the default warns that it is deprecated
-        deallocate_pipeline_outputs=True,
+        vp_stage=stage,
     )
 
 
@@ -233,19 +191,21 @@ def forward_only(
     """
     if not micro_batches:
         return []
-    config = target[0].config
-    numbered = iter(range(len(micro_batches)))
+    config, chunks, count = target[0].config, len(target), len(micro_batches)
+    if chunks > 1:  # megatron-core interleaves whole rounds of the pipeline only
+        micro_batches = [*micro_batches, *micro_batches[-1:] * (-count % groups.pipeline_model_parallel_size)]
 
-    def step(_: object, chunk: TargetChunk):
+    def step(numbered: Iterator[int], chunk: TargetChunk):
         index = next(numbered)
         inputs = (None if tensor is None else tensor.to(groups.device) for tensor in micro_batches[index])
-        return chunk(*inputs), lambda output, non_loss_data: collect(output, index)
+        return chunk(*inputs), lambda output, non_loss_data: collect(output, index) if index < count else None
 
+    numbers = [iter(range(len(micro_batches))) for _ in target]  # every chunk sees every micro-batch
     batch, seq_length = micro_batches[0][0].shape
     pipelined = groups.pipeline_model_parallel_size > 1
-    return get_forward_backward_func(groups.pipeline_model_parallel_size, None)(
+    parts = get_forward_backward_func(groups.pipeline_model_parallel_size, chunks if chunks > 1 else None)(
         forward_step_func=step,
-        data_iterator=None,
+        data_iterator=numbers if chunks > 1 else numbers[0],
         model=target,
         num_microbatches=len(micro_batches),
         seq_length=seq_length,
@@ -255,6 +215,7 @@ def forward_only(
         p2p_communicator=P2PCommunicator(groups.pipeline_model_parallel_group, config) if pipelined else None,
         pg_collection=groups.collection,
     )
+    return parts[:count]
 
 
 def last_stage_hidden_states(

@@ -6,12 +6,17 @@ key-value groups of this rank, d channels per head, v vocabulary, t tensor-paral
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    checkpoint,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -114,7 +119,7 @@ class ParallelResidualLayer(TransformerLayer):
         attention, attention_bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
         )
-        mlp, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        mlp, mlp_bias = self._mlp(self.pre_mlp_layernorm(hidden_states))
         reduce = (
             reduce_scatter_to_sequence_parallel_region
             if self.config.sequence_parallel
@@ -122,6 +127,12 @@ class ParallelResidualLayer(TransformerLayer):
         )
         branches = reduce(attention + mlp, group=self.tp_group)
         return hidden_states + (branches + (attention_bias + mlp_bias)), None
+
+    def _mlp(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.recompute_mlp:
+            return self.mlp(normed)
+        # A bias that left the checkpointed function would be taken for one of its results, with a history.
+        return checkpoint(lambda x: self.mlp(x)[0], False, normed), self.mlp.linear_fc2.bias
 
 
 def residual_add(training: bool, fused: bool):
@@ -135,15 +146,61 @@ def residual_add(training: bool, fused: bool):
     return add
 
 
-def layer_spec(parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
-    """Parts of one block for megatron-core's TransformerBlock."""
-    norm = RMSNorm if rms_norm else LayerNorm
+@dataclass(frozen=True)
+class LayerParts:
+    """The parts of a layer for which there is a choice; they hold weights of the same names and shapes."""
+
+    layer_norm: type
+    rms_norm: type
+    core_attention: type
+
+
+def local_parts() -> LayerParts:
+    """torch's own norms and attention kernels, on any device."""
+    return LayerParts(LayerNorm, RMSNorm, FusedCausalAttention)
+
+
+def transformer_engine_parts() -> LayerParts:
+    """Transformer Engine's norms and attention; ImportError where it is not installed. Written against
+    megatron-core's wrappers and not run yet: no machine with it was at hand.
+
+    The linear maps stay megatron-core's: Transformer Engine's are as fast in bf16, but fold the norm's weights into
+    the map after it, so that a checkpoint would depend on what is installed, and always sum a branch over
+    tensor-parallel ranks, where GPT-NeoX's two branches need one sum.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+    return LayerParts(TENorm, TENorm, TEDotProductAttention)
+
+
+LAYER_PARTS: dict[str, Callable[[], LayerParts]] = {
+    "local": local_parts,
+    "transformer_engine": transformer_engine_parts,
+}
+
+
+def choose_transformer_impl(option: str, device: torch.device) -> str:
+    """The key of :data:`LAYER_PARTS` for ``target.transformer_impl``; ValueError where it can't be had."""
+    usable = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    if option == "auto":
+        return "transformer_engine" if usable else "local"
+    if option == "transformer_engine" and not usable:
+        raise ValueError(
+            f"found target.transformer_impl=transformer_engine on {device.type}, expected a CUDA device and the "
+            "package transformer-engine: install it, or set target.transformer_impl=local"
+        )
+    return option
+
+
+def layer_spec(parts: LayerParts, *, parallel_residual: bool, rms_norm: bool) -> ModuleSpec:
+    """One block for megatron-core's TransformerBlock."""
+    norm = parts.rms_norm if rms_norm else parts.layer_norm
     row_parallel = UnreducedRowParallelLinear if parallel_residual else RowParallelLinear
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=FusedCausalAttention, linear_proj=row_parallel
+            linear_qkv=ColumnParallelLinear, core_attention=parts.core_attention, linear_proj=row_parallel
         ),
     )
     mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel))
