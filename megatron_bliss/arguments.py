@@ -14,7 +14,7 @@ from megatron_bliss.config import Config, ModelConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.evaluation.checks import check_evaluation
 
-ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "evaluate")
+ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:

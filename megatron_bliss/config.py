@@ -313,7 +313,7 @@ class Config:
     """Comma-separated selection methods, each with its own target: bliss, random."""
     rounds: int = 4
     """R, rounds of [bilevel, score, select, pretrain, evaluate] after the warm-up."""
-    stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "evaluate"]] = None
+    stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"]] = None
     """Run this stage alone (its inputs must be finished)."""
     round: Optional[int] = None
     """With --stage: the round, counted from 1."""

@@ -1,7 +1,7 @@
 """The rounds of a run: which stage comes when, for which arm, and what a run says at its end.
 
     shards, warm-up of target and proxy, evaluation of the target on the tasks if there are any
-    for each round, for each arm: [bilevel ->] score -> select -> pretrain -> evaluate
+    for each round, for each arm: [bilevel ->] score -> select -> pretrain -> [decay branch ->] evaluate
 
 Arms share shards, warm-up, seeds, tokens and schedule; they differ only in the scores they select by. A finished stage
 is not run again, so the same command continues a run that was stopped anywhere.
@@ -28,6 +28,7 @@ ROUND_STAGES: dict[str, Callable[[Session, Path, str, int], dict]] = {
     "score": stages.score_shard,
     "select": stages.select_units,
     "pretrain": stages.pretrain_target,
+    "decay_branch": stages.decay_target,
     "evaluate": stages.evaluate_target,
 }
 
@@ -56,6 +57,9 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     yield folder.path / "shards", lambda path: stages.make_shards(session, path)
     if config.stage in (None, "warmup"):
         yield folder.stage_folder("shared", 0, "target"), lambda path: stages.warm_up_target(session, path)
+        if config.pretraining.decay_branch_iters:
+            branch = folder.stage_folder("shared", 0, "decay_branch")
+            yield branch, lambda path: stages.decay_target(session, path, "shared", 0)
         yield folder.stage_folder("shared", 0, "proxy"), lambda path: stages.warm_up_proxy(session, path)
     if config.evaluation.tasks and (
         config.stage in (None, "warmup") or (config.stage, config.round) == ("evaluate", 0)
@@ -64,12 +68,18 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     for number in range(1, config.rounds + 1):
         for arm in arm_names(config):
             for stage in ROUND_STAGES:
-                if (stage != "bilevel" or arm == "bliss") and _is_wanted(config, number, arm, stage):
+                if _has_stage(config, arm, stage) and _is_wanted(config, number, arm, stage):
                     yield folder.stage_folder(arm, number, stage), _bind(ROUND_STAGES[stage], session, arm, number)
 
 
 def _bind(stage: Callable[..., dict], session: Session, arm: str, number: int) -> Callable[[Path], dict]:
     return lambda path: stage(session, path, arm, number)
+
+
+def _has_stage(config: Config, arm: str, stage: str) -> bool:
+    if stage == "decay_branch":
+        return config.pretraining.decay_branch_iters > 0
+    return stage != "bilevel" or arm == "bliss"
 
 
 def _is_wanted(config: Config, number: int, arm: str, stage: str) -> bool:
@@ -94,15 +104,17 @@ def summarise(session: Session) -> dict:
 
 
 def _evaluations(session: Session) -> dict[str, list[dict]]:
-    """Per arm every evaluation in order, the shared warm-up's first; a round's last point is that read from disk."""
-    warmup = session.folder.record(session.folder.stage_folder("shared", 0, "target"))
+    """Per arm every evaluation in order, the shared warm-up's first; a round's last point is that read from disk.
+
+    In a run with decay branches only these count: at the same tokens they are far below the main line.
+    """
+    decayed = session.config.pretraining.decay_branch_iters > 0
     curves = {}
     for arm in arm_names(session.config):
-        points = {point["iteration"]: point for point in (warmup or {}).get("evaluations", [])}
+        points = {point["iteration"]: point for point in _segment_evaluations(session, "shared", 0, decayed)}
         for number in range(1, session.config.rounds + 1):
-            pretrain = session.folder.record(session.folder.stage_folder(arm, number, "pretrain")) or {}
             evaluate = session.folder.record(session.folder.stage_folder(arm, number, "evaluate")) or {}
-            points |= {point["iteration"]: point for point in pretrain.get("evaluations", [])}
+            points |= {point["iteration"]: point for point in _segment_evaluations(session, arm, number, decayed)}
             points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
         curves[arm] = [points[iteration] for iteration in sorted(points)]
     return curves
@@ -116,6 +128,13 @@ def _task_results(session: Session) -> dict[str, list[dict]]:
         records = [record for record in map(session.folder.record, folders) if record and "tasks" in record]
         found[arm] = [{"tokens": one["evaluation"]["tokens"], "result": one["tasks"]} for one in records]
     return {arm: points for arm, points in found.items() if points}
+
+
+def _segment_evaluations(session: Session, arm: str, number: int, decayed: bool) -> list[dict]:
+    """What a segment measured on its way, or its decay branch at its end."""
+    stage = "decay_branch" if decayed else "pretrain" if number else "target"
+    record = session.folder.record(session.folder.stage_folder(arm, number, stage)) or {}
+    return [record["evaluation"]] if decayed and record else record.get("evaluations", [])
 
 
 def _domains(session: Session) -> dict[str, dict]:

@@ -23,6 +23,8 @@ from megatron_bliss.data.batches import Batch, UnitDataset, ValidationSet
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import read_provenance, root_prefix, write_subset
+from megatron_bliss.decay_branch import STAGE as DECAY_BRANCH
+from megatron_bliss.decay_branch import train_decay_branch
 from megatron_bliss.files import read_json, sha256_file, write_json
 from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel, build_score_model
@@ -203,19 +205,30 @@ def select_units(session: Session, folder: Path, arm: str, round_number: int) ->
 
 def pretrain_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
     """Train the target on this round's selection, from the last round's checkpoint."""
-    select_folder = session.folder.stage_folder(arm, round_number, "select")
-    prefix = select_folder / session.folder.require(select_folder, "pretrain")["prefix"]
     start = _target_checkpoint(session, arm, round_number - 1)
-    return _train_target(session, folder, arm, round_number, str(prefix), start)
+    return _train_target(session, folder, arm, round_number, _selected_prefix(session, arm, round_number), start)
+
+
+def decay_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+    """Train a copy of the target on while its learning rate falls, and evaluate it in the main line's place."""
+    training = session.config.pretraining
+    prefix = _selected_prefix(session, arm, round_number) if round_number else shard_prefix(session, 0)
+    result = train_decay_branch(
+        **_segment_options(session, folder, arm, round_number),
+        start=_target_checkpoint(session, arm, round_number),
+        data_prefix=prefix,
+        seed=derive_seed(session.config.seed, "decay branch data", round_number),
+        first_iteration=training.warmup_iters + round_number * training.train_iters,
+    )
+    evaluation = _evaluation(session, round_number, result.evaluations[-1][2])
+    return {"evaluation": evaluation, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
 
 
 def evaluate_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
-    """Losses and task results of the checkpoint that a round left, as read back from disk (0: the warm-up's)."""
+    """Losses and task results of the checkpoint that stands for the round, as read back from disk (0: the warm-up)."""
     config = session.config
-    target = _saved_target(session, arm, round_number)
-    iteration = config.pretraining.warmup_iters + round_number * config.pretraining.train_iters
-    tokens = iteration * config.pretraining.global_batch_size * config.data.seq_length
-    evaluation = {"iteration": iteration, "tokens": tokens, "losses": _test_losses(session)(target)}
+    target = _load_target(session, evaluation_checkpoint(session, arm, round_number))
+    evaluation = _evaluation(session, round_number, _test_losses(session)(target))
     if not config.evaluation.tasks:
         return {"evaluation": evaluation, "flops": 0.0}
     from megatron_bliss.evaluation.stage import evaluate_checkpoint, task_metrics  # lm-eval takes seconds to import
@@ -231,42 +244,70 @@ def evaluate_target(session: Session, folder: Path, arm: str, round_number: int)
         show_progress=session.show_progress,
     )
     session.metrics.truncate(arm, round_number, "evaluate", -1)  # of an attempt that was killed before it was finished
-    session.metrics.log(iteration, task_metrics(result), arm=arm, round=round_number, stage="evaluate")
+    session.metrics.log(evaluation["iteration"], task_metrics(result), arm=arm, round=round_number, stage="evaluate")
     return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
 
 
+def evaluation_checkpoint(session: Session, arm: str, round_number: int) -> Path:
+    """The target by which a round is judged (round 0: the warm-up): its decay branch, where the run has them."""
+    if not session.config.pretraining.decay_branch_iters:
+        return _target_checkpoint(session, arm, round_number)
+    folder = session.folder.stage_folder(arm, round_number, DECAY_BRANCH)
+    return folder / session.folder.require(folder, "an evaluation of this target")["checkpoint"]
+
+
+def _evaluation(session: Session, round_number: int, losses: dict[str, float]) -> dict:
+    """A point of the arm's curve. It stands at the main line's tokens: what a decay branch read is not counted."""
+    training = session.config.pretraining
+    iteration = training.warmup_iters + round_number * training.train_iters
+    tokens = iteration * training.global_batch_size * session.config.data.seq_length
+    return {"iteration": iteration, "tokens": tokens, "losses": losses}
+
+
+def _selected_prefix(session: Session, arm: str, round_number: int) -> str:
+    folder = session.folder.stage_folder(arm, round_number, "select")
+    return str(folder / session.folder.require(folder, "pretrain")["prefix"])
+
+
 def _train_target(session: Session, folder: Path, arm: str, round_number: int, prefix: str, start: Path | None) -> dict:
-    config = session.config
-    training = config.pretraining
-    first = 0 if round_number == 0 else training.warmup_iters + (round_number - 1) * training.train_iters
-    last = training.warmup_iters + round_number * training.train_iters
+    training = session.config.pretraining
     result = train_segment(
-        config=training,
-        target_config=config.target,
-        architecture=session.target_architecture,
-        groups=session.groups,
-        platform=config.platform,
-        data_prefix=prefix,
-        seq_length=config.data.seq_length,
-        seed=derive_seed(config.seed, "target data", round_number),
+        **_segment_options(session, folder, arm, round_number),
         start=start,
-        first_iteration=first,
-        last_iteration=last,
-        total_iterations=training.warmup_iters + config.rounds * training.train_iters,
-        folder=folder,
-        save_interval=config.checkpoint.save_interval,
-        metrics=session.metrics,
-        log_interval=config.logging.log_interval,
-        evaluate=_test_losses(session),
-        arm=arm,
-        round=round_number,
+        data_prefix=prefix,
+        seed=derive_seed(session.config.seed, "target data", round_number),
+        first_iteration=0 if round_number == 0 else training.warmup_iters + (round_number - 1) * training.train_iters,
+        last_iteration=training.warmup_iters + round_number * training.train_iters,
         stage="pretrain" if round_number else "target",
-        progress=session.show_progress,
-        num_workers=config.data.num_workers,
-        init_seed=derive_seed(config.seed, "target"),
     )
     points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
-    return {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
+    record = {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
+    return {**record, "skipped_iterations": result.skipped}
+
+
+def _segment_options(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+    """What the main line and its decay branches have in common."""
+    config = session.config
+    return {
+        "config": config.pretraining,
+        "target_config": config.target,
+        "architecture": session.target_architecture,
+        "groups": session.groups,
+        "platform": config.platform,
+        "seq_length": config.data.seq_length,
+        "total_iterations": config.pretraining.warmup_iters + config.rounds * config.pretraining.train_iters,
+        "folder": folder,
+        "save_interval": config.checkpoint.save_interval,
+        "metrics": session.metrics,
+        "log_interval": config.logging.log_interval,
+        "evaluate": _test_losses(session),
+        "arm": arm,
+        "round": round_number,
+        "progress": session.show_progress,
+        "num_workers": config.data.num_workers,
+        "init_seed": derive_seed(config.seed, "target"),
+        "device_peak_tflops": config.logging.device_peak_tflops,
+    }
 
 
 def _target_checkpoint(session: Session, arm: str, round_number: int) -> Path:
@@ -276,11 +317,11 @@ def _target_checkpoint(session: Session, arm: str, round_number: int) -> Path:
     return folder / session.folder.require(folder, "a stage that needs this target")["checkpoint"]
 
 
-def _saved_target(session: Session, arm: str, round_number: int) -> Target:
-    """The target as a round left it, read back and not to be trained."""
+def _load_target(session: Session, path: Path) -> Target:
+    """A checkpoint of the target, read back and not to be trained."""
     config = session.config
     return load_target(
-        _target_checkpoint(session, arm, round_number),
+        path,
         target_config=config.target,
         architecture=session.target_architecture,
         groups=session.groups,
@@ -348,7 +389,7 @@ def _start_score_model(session: Session, arm: str, round_number: int, proxy: Lan
 
 def _teacher(session: Session, arm: str, round_number: int) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
-    target = _saved_target(session, arm, round_number - 1)
+    target = _load_target(session, _target_checkpoint(session, arm, round_number - 1))
     return TargetTeacher(target, session.groups, session.vocab_size, offload=session.config.bilevel.offload_target)
 
 

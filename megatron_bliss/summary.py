@@ -30,15 +30,8 @@ from megatron_bliss.task_summary import (
 )
 
 STAGE_ORDER = (
-    "warmup",
-    "warmup target",
-    "warmup proxy",
-    "warmup evaluate",
-    "bilevel",
-    "score",
-    "select",
-    "pretrain",
-    "evaluate",
+    *("warmup", "warmup target", "warmup decay_branch", "warmup proxy", "warmup evaluate"),
+    *("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"),
 )
 PACKAGES = ("torch", "megatron-core", "lm-eval", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_bliss import checkpoint
-from megatron_bliss.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.config import OptimizerConfig, PlatformConfig, TargetConfig
 from megatron_bliss.files import read_json, write_json
 from megatron_bliss.models.target import last_hidden_states, output_weight
 from megatron_bliss.pretraining import evaluate_loss, load_target
@@ -45,10 +45,10 @@ def evaluator(groups):
 
 
 def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
-    """Train each (tensor, pipeline, sequence parallel, architecture, distributed optimizer) and evaluate it."""
+    """Train each (options of the target, architecture, options of the training) and evaluate it."""
     outcomes = []
-    for number, (tensor, pipeline, sequence_parallel, architecture, distributed_optimizer) in enumerate(cases):
-        config = layout(tensor, pipeline, sequence_parallel)
+    for number, (target, architecture, training) in enumerate(cases):
+        config = TargetConfig(**target)
         with grouped(config) as groups:
             result, entries = train(
                 groups,
@@ -56,7 +56,7 @@ def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: lis
                 prefix,
                 Path(folder) / f"layout{world_size}_{number}",
                 architecture=architecture,
-                config=replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer),
+                config=replace(PRETRAINING, **training),
                 evaluate=evaluator(groups),
                 save_interval=1000,
             )
@@ -74,13 +74,25 @@ def prefix(tmp_path_factory) -> str:
 def single(prefix, tmp_path_factory) -> dict:
     """One process: the curves that every layout has to give."""
     folder = str(tmp_path_factory.mktemp("single"))
-    outcomes = run_layouts(0, 1, prefix, folder, [(1, 1, False, NEOX, True), (1, 1, False, LLAMA, True)])
-    return dict(zip((NEOX, LLAMA), outcomes, strict=True))
+    outcomes = run_layouts(0, 1, prefix, folder, [({}, NEOX_4, {}), ({}, LLAMA_4, {}), *RECOMPUTED])
+    compare(dict(zip((NEOX_4, LLAMA_4), outcomes[:2], strict=True)), RECOMPUTED, [outcomes[2:]])
+    return dict(zip((NEOX_4, LLAMA_4), outcomes[:2], strict=True))
+
+
+NEOX_4, LLAMA_4 = replace(NEOX, num_layers=4), replace(LLAMA, num_layers=4)  # enough for two chunks on two ranks
+TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SEQUENCE, INTERLEAVED = {**TENSOR, "sequence_parallel": True}, {**PIPELINE, "virtual_pipeline_model_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+REPLICATED = {"use_distributed_optimizer": False}
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTED = [(FULL, NEOX_4, {}), (BLOCK, LLAMA_4, {}), (SELECTIVE, NEOX_4, {}), (SELECTIVE, LLAMA_4, {})]
 
 
 def compare(single: dict, cases: list[tuple], ranks: list[list[tuple]]) -> None:
     for case, (loss, grad_norm, losses) in zip(cases, ranks[0], strict=True):
-        expected_loss, expected_norm, expected_losses = single[case[3]]
+        expected_loss, expected_norm, expected_losses = single[case[1]]
         assert len(loss) == 20
         np.testing.assert_allclose(loss, expected_loss, atol=1e-4, rtol=0, err_msg=str(case))
         np.testing.assert_allclose(grad_norm, expected_norm, rtol=1e-4, err_msg=str(case))
@@ -98,20 +110,25 @@ def test_one_process_learns(single):
 
 def test_two_ranks_give_the_single_process_curve(single, prefix, tmp_path):
     cases = [
-        (2, 1, False, NEOX, True),
-        (2, 1, True, NEOX, True),
-        (2, 1, False, LLAMA, True),
-        (2, 1, True, LLAMA, True),
-        (1, 2, False, NEOX, True),
-        (1, 2, False, LLAMA, True),
-        (1, 1, False, NEOX, True),
-        (1, 1, False, LLAMA, False),
+        (TENSOR, LLAMA_4, {}),
+        ({**SEQUENCE, **FULL}, NEOX_4, {}),
+        ({**SEQUENCE, **SELECTIVE}, LLAMA_4, REPLICATED),
+        (PIPELINE, NEOX_4, {}),
+        (INTERLEAVED, LLAMA_4, {}),
+        ({**INTERLEAVED, **FULL, "recompute_num_layers": 1}, NEOX_4, REPLICATED),
+        ({}, NEOX_4, OVERLAPPED),
+        ({}, LLAMA_4, {**REPLICATED, "overlap_grad_reduce": True}),
+        ({}, NEOX_4, {}),
     ]
     compare(single, cases, run_distributed(run_layouts, 2, prefix, str(tmp_path), cases))
 
 
 def test_four_ranks_give_the_single_process_curve(single, prefix, tmp_path):
-    cases = [(2, 2, False, NEOX, True), (2, 2, True, LLAMA, True), (2, 1, True, NEOX, True)]
+    cases = [
+        ({**TENSOR, **PIPELINE}, NEOX_4, {}),
+        ({**SEQUENCE, **INTERLEAVED, **SELECTIVE}, LLAMA_4, {}),
+        (INTERLEAVED, NEOX_4, OVERLAPPED),
+    ]
     compare(single, cases, run_distributed(run_layouts, 4, prefix, str(tmp_path), cases))
 
 
@@ -262,6 +279,12 @@ def test_a_loss_that_is_not_finite_stops_every_rank(prefix, tmp_path):
             {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_warmup_iters=20))},
             "lr_warmup_iters=20, expected less than the run's 20",
         ),
+        (
+            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_decay_style="WSD"))},
+            "lr_wsd_decay_iters=0 with lr_decay_style=WSD, expected 1 to 17",
+        ),
+        ({"config": replace(PRETRAINING, overlap_param_gather=True)}, "overlap_param_gather without"),
+        ({"config": replace(PRETRAINING, loss_spike_factor=0.5)}, "loss_spike_factor=0.5, expected more than 1"),
         ({"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, min_lr=1.0))}, "min_lr=1.0"),
         ({"architecture": replace(NEOX, vocab_size=50)}, "found token id [5-9][0-9] in .*, expected ids below"),
     ],

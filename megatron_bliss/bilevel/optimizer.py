@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,13 +12,25 @@ from megatron_bliss.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step`` of ``total_steps``: linear warm-up, then constant or cosine to ``min_lr``."""
+    """Learning rate of 0-based ``step`` of ``total_steps``: linear warm-up, then as ``lr_decay_style`` says."""
     if step < config.lr_warmup_iters:
         return config.lr * (step + 1) / config.lr_warmup_iters
-    if config.lr_decay_style == "constant":
+    decay, first = config.lr_decay_style, config.lr_warmup_iters
+    if decay == "constant":
         return config.lr
-    progress = (step - config.lr_warmup_iters) / max(1, total_steps - config.lr_warmup_iters)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    if decay == "WSD":
+        decay, first = config.lr_wsd_decay_style, max(first, total_steps - config.lr_wsd_decay_iters)
+    done = min(1.0, max(0, step - first) / max(1, total_steps - first))
+    return config.min_lr + (config.lr - config.min_lr) * DECAYS[decay](done)
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "exponential": lambda done: 2.0 * 0.5**done - 1.0,
+    "minus_sqrt": lambda done: 1.0 - math.sqrt(done),
+}
+"""The share of the way from min_lr to lr that is left, by the share of the decay that is done; as in megatron-core."""
 
 
 class Optimizer:
