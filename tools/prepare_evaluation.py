@@ -29,8 +29,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     cache.add_argument("--tasks", nargs="+", choices=list(SOURCES), metavar="TASK", help="default: all ten")
     text = parser.add_argument_group("from text")
     add, default = text.add_argument, TextTaskSettings
-    add("--kind", choices=[*KINDS, "both"], default="both", help="last_word: cloze; choice: which words come next")
-    add("--name", help="name of the task; of both kinds: NAME_cloze and NAME_choice")
+    kinds = "last_word: out of all words; cloze: the last word out of a few; choice: which words come next; "
+    add("--kind", nargs="+", choices=[*KINDS, "both"], default=["both"], help=f"{kinds}both: last_word and choice")
+    add("--name", help="name of the task; of several kinds: NAME_KIND")
     add("--max-items", type=int, default=default.max_items, help="most items per task")
     add("--seed", type=int, default=default.seed, help="of the items, the wrong choices and their order")
     add("--json-keys", nargs="+", default=default.json_keys, help="keys that hold the text")
@@ -48,7 +49,8 @@ def from_text(options: argparse.Namespace) -> None:
         raise ValueError("found no name for the tasks, expected one: give --name")
     named = vars(options)
     same = {key: named[key] for key in TextTaskSettings.__dataclass_fields__ if key in named}
-    kinds = tuple(KINDS) if options.kind == "both" else (options.kind,)
+    asked = {"last_word", "choice"} if "both" in options.kind else set()
+    kinds = tuple(kind for kind in KINDS if kind in asked | set(options.kind))
     record = make_text_tasks(TextTaskSettings(inputs=options.from_text, kinds=kinds, **same))
     write_checksums(options.output, list(record["tasks"]))
     for name, task in record["tasks"].items():

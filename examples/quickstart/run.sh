@@ -42,9 +42,9 @@ if [ ! -f $data/done ]; then
 fi
 
 if [ ! -f $data/tasks/prose.tasks.json ]; then
-  step "tasks from the held-out prose: which words come next, and a passage's last word"
+  step "tasks from the held-out prose: a passage's last word, and which words come next"
   "$python" tools/prepare_evaluation.py --from-text $data/text/heldout.jsonl.gz --output $data/tasks --name prose \
-    --kind both --min-words 12 --max-words 32
+    --kind cloze choice --min-words 12 --max-words 32
 fi
 
 step "warm-up, two rounds of [bilevel, score, select, pretrain, evaluate], two arms"

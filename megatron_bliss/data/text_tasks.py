@@ -1,9 +1,11 @@
 """Evaluation tasks made from held-out text: a passage's last word is to be told, or what comes next from what does not.
 
-``TASK.last_word.jsonl.gz`` holds {"text": passage}: the last word is to be predicted. ``TASK.choice.jsonl.gz`` holds
-{"query": context, "choices": [words, ...], "answer": index of the true ones}. TASK is the name asked for, with _cloze
-and _choice behind it where both are made. ``NAME.tasks.json`` says what they were made from and with which settings.
-The same text, settings and seed give the same files, byte for byte.
+Three kinds, from hard to easy for a small model: ``last_word``, a passage's last word out of all words; ``cloze``, the
+same word out of a few that are as long and about as frequent; ``choice``, which words come next. A file
+TASK.last_word.jsonl.gz holds {"text": passage}; the others are TASK.choice.jsonl.gz, {"query": context, "choices":
+[words, ...], "answer": index of the true ones}. TASK is the name asked for, with the kind behind it where several are
+made. ``NAME.tasks.json`` says what they were made from and with which settings. The same text, settings and seed give
+the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import NamedTuple
 
 import orjson
 
-from megatron_bliss.data.cloze import bare, passages
+from megatron_bliss.data.cloze import bare, is_answer, passages
 from megatron_bliss.data.sources import BadLine, SourceState, expand_inputs, parse_line, read_blocks
 from megatron_bliss.files import atomic_file, sha256_file, write_json
 
-KINDS = {"last_word": "_cloze", "choice": "_choice"}
-"""Kind of task -> what follows the name where several kinds are made: a task's name belongs to one file."""
+KINDS = {"last_word": "last_word", "cloze": "choice", "choice": "choice"}
+"""Kind of task -> the middle of its file's name, by which an evaluation knows how to read it."""
 USUAL_SHARE = 0.05
 """A word that at least this share of the documents hold can be told without having occurred in the passage."""
 MOST_CONTINUATIONS = 400_000
@@ -45,9 +47,9 @@ class TextTaskSettings:
     output: str
     """Folder for the task files."""
     name: str
-    """The task's name; the first part of it where both kinds are made."""
+    """The task's name; the first part of it where several kinds are made."""
     kinds: Sequence[str] = tuple(KINDS)
-    """last_word, choice or both."""
+    """Some of last_word, cloze and choice."""
     max_items: int = 1000
     """Most items per task."""
     seed: int = 1234
@@ -87,10 +89,10 @@ def make_text_tasks(settings: TextTaskSettings) -> dict:
                 f"found no {kind} item in {len(documents):,} documents, expected running prose in words separated by "
                 "spaces: give more text, or shorter passages (--context-words, --min-words)"
             )
-        task = settings.name + (KINDS[kind] if len(settings.kinds) > 1 else "")
-        path = Path(settings.output) / f"{task}.{kind}.jsonl.gz"
+        task = f"{settings.name}_{kind}" if len(settings.kinds) > 1 else settings.name
+        path = Path(settings.output) / f"{task}.{KINDS[kind]}.jsonl.gz"
         write_items(path, items)
-        chance = {"chance": 1 / settings.num_choices} if kind == "choice" else {}
+        chance = {"chance": 1 / settings.num_choices} if "choices" in items[0] else {}
         tasks[task] = {"kind": kind, "file": path.name, "items": len(items), **chance, "sha256": sha256_file(path)}
     options = {key: value for key, value in asdict(settings).items() if key not in ("inputs", "output")}
     options |= {"kinds": list(settings.kinds), "json_keys": list(settings.json_keys)}
@@ -118,20 +120,45 @@ def read_documents(inputs: Sequence[str], json_keys: Sequence[str] = ("text",)) 
     return documents, sources
 
 
-def cloze_items(documents: Sequence[str], settings: TextTaskSettings) -> list[dict]:
+def last_word_items(documents: Sequence[str], settings: TextTaskSettings) -> list[dict]:
     """Passages whose last word occurred before; where those are too few, also such as end in a usual word."""
-    generator = random.Random(f"{settings.seed} last_word")
+    return [{"text": f"{window.context} {window.continuation}"} for window in _passages(documents, settings)]
+
+
+def cloze_items(documents: Sequence[str], settings: TextTaskSettings) -> list[dict]:
+    """The same passages, their last word among others of as many letters and about as frequent."""
+    generator = random.Random(f"{settings.seed} cloze")
+    rarities = _rarities(map(bare, text.split()) for text in documents)
+    pool: dict[int, list[Window]] = {}
+    for word in sorted((w for w in rarities if is_answer(w, (), rarities)), key=lambda word: (rarities[word], word)):
+        pool.setdefault(len(word), []).append(Window(SEVERAL, "", word, rarities[word]))
+    made = (
+        _item(
+            window._replace(rarity=rarities[window.continuation]),
+            pool.get(len(window.continuation), []),
+            settings.num_choices,
+            generator,
+        )
+        for window in _passages(documents, settings)
+    )
+    return [item for item in made if item]
+
+
+def _passages(documents: Sequence[str], settings: TextTaskSettings) -> list[Window]:
+    """Passages and their last words in random order, without rarities."""
+    generator = random.Random(f"{settings.seed} passages")
     usual = _usual_words(documents)
-    found: dict[bool, dict[str, None]] = {True: {}, False: {}}
-    for text in documents:
+    found: dict[bool, dict[str, Window]] = {True: {}, False: {}}
+    for number, text in enumerate(documents):
         for passage in passages(text, settings.min_words, settings.max_words, usual):
-            *context, answer = passage.split()
-            found[answer in map(bare, context)][passage] = None
-    chosen = []
-    for group in (list(found[True]), list(found[False])):
+            context, _, answer = passage.rpartition(" ")
+            has_occurred = answer in map(bare, context.split())
+            found[has_occurred].setdefault(passage, Window(number, context, answer, 0.0))
+    chosen: list[Window] = []
+    for group in (list(found[True].values()), list(found[False].values())):
         chosen += generator.sample(group, min(len(group), settings.max_items - len(chosen)))
     generator.shuffle(chosen)
-    return [{"text": passage} for passage in chosen]
+    return chosen
 
 
 def _usual_words(documents: Sequence[str]) -> frozenset[str]:
@@ -149,7 +176,7 @@ def choice_items(documents: Sequence[str], settings: TextTaskSettings) -> list[d
     one is. What is left to go by is how well it continues the context.
     """
     generator = random.Random(f"{settings.seed} choice")
-    rarities = _rarities(documents)
+    rarities = _rarities(text.split() for text in documents)
     size = settings.context_words + settings.continuation_words
     items = [*_windows(documents, settings, rarities, size)]
     generator.shuffle(items)
@@ -174,8 +201,9 @@ def _continuations(
     return pool
 
 
-def _rarities(documents: Sequence[str]) -> dict[str, float]:
-    counts = Counter(word for text in documents for word in text.split())
+def _rarities(documents: Iterable[Iterable[str]]) -> dict[str, float]:
+    """-log of the share of every word."""
+    counts = Counter(itertools.chain.from_iterable(documents))
     total = counts.total()
     return {word: -math.log(count / total) for word, count in counts.items()}
 
@@ -220,7 +248,7 @@ def _nearest(window: Window, pool: Sequence[Window]) -> Iterator[str]:
             yield other.continuation
 
 
-MAKERS = {"last_word": cloze_items, "choice": choice_items}
+MAKERS = {"last_word": last_word_items, "cloze": cloze_items, "choice": choice_items}
 
 
 def write_items(path: Path | str, items: Iterable[dict]) -> None:
@@ -237,7 +265,7 @@ def write_items(path: Path | str, items: Iterable[dict]) -> None:
 def _check(settings: TextTaskSettings) -> None:
     unknown = [kind for kind in settings.kinds if kind not in KINDS]
     if unknown or not settings.kinds:
-        raise ValueError(f"found --kind {', '.join(unknown) or 'none'}, expected {' or '.join(KINDS)}, or both")
+        raise ValueError(f"found --kind {', '.join(unknown) or 'none'}, expected some of {', '.join(KINDS)}")
     if not settings.name or any(mark in settings.name for mark in "./\\"):
         raise ValueError(f"found --name {settings.name!r}, expected a word without dots and slashes")
     least = {"max_items": 1, "min_words": 2, "context_words": 1, "continuation_words": 1, "num_choices": 2}

@@ -9,7 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bliss.data.text_tasks import TextTaskSettings, choice_items, cloze_items, make_text_tasks, read_documents
+from megatron_bliss.data.text_tasks import (
+    TextTaskSettings,
+    choice_items,
+    cloze_items,
+    last_word_items,
+    make_text_tasks,
+    read_documents,
+)
 
 NOUNS = ["river", "garden", "window", "letter", "teacher", "morning", "kitchen", "mountain", "village", "station"]
 VERBS = ["crosses", "paints", "remembers", "follows", "answers", "closes", "builds", "carries", "watches", "opens"]
@@ -48,12 +55,10 @@ def read(path):
 def test_files_and_their_record(settings, tmp_path):
     record = make_text_tasks(settings)
     out = tmp_path / "out"
-    assert record == json.loads((out / "held.tasks.json").read_text()) and list(record["tasks"]) == [
-        "held_cloze",
-        "held_choice",
-    ]
-    cloze, choice = read(out / "held_cloze.last_word.jsonl.gz"), read(out / "held_choice.choice.jsonl.gz")
-    assert record["tasks"]["held_cloze"]["items"] == len(cloze) > 50
+    assert record == json.loads((out / "held.tasks.json").read_text())
+    assert list(record["tasks"]) == ["held_last_word", "held_cloze", "held_choice"]
+    cloze, choice = read(out / "held_last_word.last_word.jsonl.gz"), read(out / "held_choice.choice.jsonl.gz")
+    assert record["tasks"]["held_last_word"]["items"] == len(cloze) > 50 and "chance" in record["tasks"]["held_cloze"]
     assert record["tasks"]["held_choice"] | {"items": len(choice), "chance": 0.25} == record["tasks"]["held_choice"]
     assert [set(item) for item in cloze[:1] + choice[:1]] == [{"text"}, {"query", "choices", "answer"}]
     assert str(tmp_path) not in json.dumps(record) and record["sources"][0]["file"] == "held.jsonl"
@@ -65,7 +70,7 @@ def test_files_and_their_record(settings, tmp_path):
 def test_the_same_bytes_every_time(settings, tmp_path):
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_text_tasks(replace(settings, output=str(tmp_path / folder), seed=seed))
-    for name in ("held_cloze.last_word.jsonl.gz", "held_choice.choice.jsonl.gz"):
+    for name in ("held_last_word.last_word.jsonl.gz", "held_cloze.choice.jsonl.gz", "held_choice.choice.jsonl.gz"):
         first, second, other = ((tmp_path / folder / name).read_bytes() for folder in "abc")
         assert first == second != other
 
@@ -110,26 +115,37 @@ def test_the_right_text_teaches_it_and_frequencies_do_not(documents, settings):
 
 
 def test_cloze_words_occurred_or_are_usual(documents, settings):
-    items = cloze_items(documents, replace(settings, min_words=10, max_words=30))
+    items = last_word_items(documents, replace(settings, min_words=10, max_words=30))
     assert len({item["text"] for item in items}) == len(items) <= settings.max_items
     for item in items:
         *context, answer = item["text"].split()
         assert 10 <= len(context) + 1 <= 30 and answer in NOUNS
-    few = cloze_items(documents, replace(settings, min_words=10, max_words=30, max_items=20))
+    few = last_word_items(documents, replace(settings, min_words=10, max_words=30, max_items=20))
     assert len(few) == 20 and all(i["text"].split()[-1] in i["text"].lower().split()[:-1] for i in few)
 
 
 def test_a_usual_word_need_not_have_occurred():
     unseen = ["The old man walked down to the small harbour and looked at the water."] * 3
     settings = TextTaskSettings([], "", "x", min_words=8, max_words=30)
-    assert cloze_items(unseen, settings) == [{"text": unseen[0][:-1]}]
-    assert cloze_items(unseen[:1], settings) == []
+    assert last_word_items(unseen, settings) == [{"text": unseen[0][:-1]}]
+    assert last_word_items(unseen[:1], settings) == []
+
+
+def test_cloze_by_choice_has_the_same_passages_and_words_of_one_length(documents, settings):
+    settings = replace(settings, min_words=10, max_words=30)
+    items = cloze_items(documents, settings)
+    whole = {item["text"] for item in last_word_items(documents, settings)}
+    assert len(items) > 50 and len({item["answer"] for item in items}) == 4
+    for item in items:
+        assert f"{item['query']} {item['choices'][item['answer']]}" in whole
+        assert len(set(item["choices"])) == 4 and len({len(word) for word in item["choices"]}) == 1
+        assert set(item["choices"]) <= {*NOUNS, *VERBS}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kinds": ("rhyme",)}, "found --kind rhyme, expected last_word or choice"),
+        ({"kinds": ("rhyme",)}, "found --kind rhyme, expected some of last_word, cloze, choice"),
         ({"name": "a.b"}, "found --name 'a.b', expected a word"),
         ({"max_items": 0}, "found --max-items 0, expected 1 or more"),
         ({"num_choices": 1}, "found --num-choices 1, expected 2 or more"),

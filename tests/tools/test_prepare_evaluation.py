@@ -132,7 +132,7 @@ def test_tasks_from_text_are_read_back(tmp_path, capsys):
     options = ["--from-text", source, "--output", tmp_path / "out", "--context-words", 5, "--min-words", 10]
     assert run(*options, "--name", "sea", "--max-items", 7, "--continuation-words", 1) == 0
     assert "task sea_choice, 7 items, chance 25%" in capsys.readouterr().out
-    assert [len(read_task(name, tmp_path / "out").rows) for name in ("sea_cloze", "sea_choice")] == [7, 7]
+    assert [len(read_task(name, tmp_path / "out").rows) for name in ("sea_last_word", "sea_choice")] == [7, 7]
     assert run(*options, "--name", "alone", "--kind", "last_word") == 0
     assert read_task("alone", tmp_path / "out").kind == "last_word"
     assert run(*options) == 1 and "give --name" in capsys.readouterr().err
