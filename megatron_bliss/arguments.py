@@ -23,6 +23,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations
     that cannot work.
     """
+    config = _parse(arguments)
+    check(config)
+    return config
+
+
+def read_config(path: Path | str) -> Config:
+    """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""
+    return _parse(["--config", str(path)])
+
+
+def _parse(arguments: Sequence[str] | None) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
@@ -30,9 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     parser.add_class_arguments(Config, as_group=False, fail_untyped=True)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    config = Config(**vars(parser.instantiate(namespace)))
-    check(config)
-    return config
+    return Config(**vars(parser.instantiate(namespace)))
 
 
 def arm_names(config: Config) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_bliss.curves import finite_points, rise_reach
-from megatron_bliss.evaluation.results import AVERAGE, Cell, best, columns
+from megatron_bliss.evaluation.results import AVERAGE, Cell, best, columns, measure
 from megatron_bliss.plots import Line, line_chart
 from megatron_bliss.report_parts import escape, figure, section
 from megatron_bliss.run_data import RunData
@@ -40,10 +40,7 @@ def _perplexities(arm: Mapping) -> Mapping:
 def _note(run: RunData) -> str:
     """What was measured, in words: items, metric, chance, version."""
     facts = run.summary["task_facts"]
-    parts = []
-    for name, task in facts.get("tasks", {}).items():
-        chance = f", chance {task['chance']:.0%}" if task.get("chance") else ""
-        parts.append(f"{name}: {task['metric']} of {task['num_items']:,} items{chance}")
+    parts = [f"{name}: {measure(task)}" for name, task in facts.get("tasks", {}).items()]
     text = (
         f"Percent ± standard error of the target after its warm-up and after each round. {'; '.join(parts)}. "
         f"lm-eval {facts.get('lm_eval_version', 'unknown')}. Differences of a standard error or two may be chance."

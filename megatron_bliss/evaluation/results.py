@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bliss.evaluation.checksums import KNOWN
 from megatron_bliss.files import atomic_file, read_json, write_json
 
 FORMAT = 1
@@ -49,6 +50,33 @@ def read_results(path: Path | str) -> dict:
         if missing:
             raise ValueError(f"found task {name} without {', '.join(missing)} in {path}, expected a whole file")
     return result
+
+
+def find_results(path: Path | str, *, every_round: bool = False) -> dict[str, dict]:
+    """{label: result} of a file, of a folder with ``results.json``, or of a run folder: its arms' last rounds, or all.
+
+    ValueError where nothing was evaluated there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {path.parent.name if path.name == RESULTS_FILE else path.stem: read_results(path)}
+    if (path / RESULTS_FILE).is_file():
+        return {path.resolve().name: read_results(path / RESULTS_FILE)}
+    found: dict[str, dict[str, dict]] = {}
+    for file in sorted(path.glob(f"*/round_*/evaluate/{RESULTS_FILE}")):
+        arm, number = file.parts[-4], file.parts[-3].removeprefix("round_").lstrip("0")
+        label, result = f"{arm}, round {number}", read_results(file)
+        found[arm] = {**found.get(arm, {}), label: result} if every_round else {label: result}
+    warmup = path / "warmup" / "evaluate" / RESULTS_FILE
+    if warmup.is_file() and (every_round or not found):
+        found = {"warmup": {"warm-up": read_results(warmup)}, **found}
+    if not found:
+        raise ValueError(
+            f"found no {RESULTS_FILE} in {path}, expected a run that was evaluated on tasks, or what "
+            "tools/evaluate.py wrote"
+        )
+    name = path.resolve().name
+    return {f"{name}: {label}": result for rows in found.values() for label, result in rows.items()}
 
 
 def cells(result: Mapping) -> dict[str, Cell]:
@@ -91,6 +119,8 @@ def markdown(results: Mapping[str, Mapping]) -> str:
     """
     rows = {label: cells(result) for label, result in results.items()}
     names, marked = columns(rows.values()), best(rows)
+    if not do_compare(results):
+        marked = {(label, name) for label, name in marked if name != AVERAGE}
     lines = [_line(["", *names]), _line(["---", *["---:"] * len(names)])]
     for label, row in rows.items():
         texts = [row.get(name, Cell()).text for name in names]
@@ -101,22 +131,38 @@ def markdown(results: Mapping[str, Mapping]) -> str:
 
 def notes(results: Mapping[str, Mapping]) -> list[str]:
     """Sentences on what the numbers are: metrics, items, averages, versions, and what does not compare."""
-    tasks: dict[str, dict[tuple[str, int], None]] = {}
+    tasks: dict[str, dict[str, None]] = {}
     for result in results.values():
         for name, task in result["tasks"].items():
-            tasks.setdefault(name, {})[task["metric"], task["num_items"]] = None
-    parts = [f"{name}: {' or '.join(f'{m} of {n:,}' for m, n in kinds)}" for name, kinds in tasks.items()]
+            tasks.setdefault(name, {})[measure(task)] = None
+    parts = [f"{name}: {' or '.join(kinds)}" for name, kinds in tasks.items()]
     sentences = [f"Percent ± standard error, zero-shot. Metric and items: {'; '.join(parts)}."]
     sentences += [f"Perplexity: {text}." for text in [_perplexities(results)] if text]
-    averaged = {tuple(result.get("average_tasks", result["tasks"])) for result in results.values()}
-    if len(averaged) > 1 or any(len(kinds) > 1 for kinds in tasks.values()):
+    if not do_compare(results):
         sentences.append("**The rows are not over the same tasks or items: their averages do not compare.**")
     versions = dict.fromkeys(str(result.get("lm_eval_version", "unknown")) for result in results.values())
     sentences.append(f"lm-eval {' and '.join(versions)}.")
-    strange = [name for name in tasks if any(_is_unknown(result["tasks"].get(name)) for result in results.values())]
+    found = {name: [result["tasks"].get(name) for result in results.values()] for name in tasks if name in KNOWN}
+    strange = [name for name, several in found.items() if any(_is_unknown(task) for task in several)]
     if strange:
-        sentences.append(f"Data files without a published checksum: {', '.join(strange)}.")
+        sentences.append(f"Other data than the known sets: {', '.join(strange)}.")
     return sentences
+
+
+def measure(task: Mapping) -> str:
+    """What a task's value is, in words: "acc of 1,000 items, chance 25%"."""
+    chance = f", chance {task['chance']:.0%}" if task.get("chance") else ""
+    return f"{task['metric']} of {task['num_items']:,} items{chance}"
+
+
+def do_compare(results: Mapping[str, Mapping]) -> bool:
+    """Whether all averages are over the same tasks and items."""
+    kinds = set()
+    for result in results.values():
+        averaged = result.get("average_tasks", result["tasks"])
+        tasks = result["tasks"]
+        kinds.add(tuple((name, tasks[name]["metric"], tasks[name]["num_items"]) for name in averaged))
+    return len(kinds) <= 1
 
 
 def _perplexities(results: Mapping[str, Mapping]) -> str:

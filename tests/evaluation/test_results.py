@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_bliss.evaluation.results import Cell, best, cells, markdown, read_results, write_results
+from megatron_bliss.evaluation.results import Cell, best, cells, find_results, markdown, read_results, write_results
 from megatron_bliss.files import read_json, write_json
 
 
@@ -45,18 +45,37 @@ def test_markdown_table():
     assert lines[0] == "|  | sciq | boolq | average |" and lines[1] == "| --- | ---: | ---: | ---: |"
     assert lines[2] == "| bliss | **80.0 ± 2.0** | 50.0 ± 2.0 | **65.0 ± 1.4** |"
     assert lines[3] == "| random\\|x | 70.0 ± 2.0 | **55.0 ± 2.0** | 62.5 ± 1.4 |"
-    assert "sciq: acc_norm of 400; boolq: acc of 400" in text and "lm-eval 0.4.13." in text
-    assert "do not compare" not in text and "checksum" not in text
+    assert "sciq: acc_norm of 400 items; boolq: acc of 400 items" in text and "lm-eval 0.4.13." in text
+    assert "do not compare" not in text and "Other data" not in text
 
 
 def test_what_does_not_compare_is_said():
     one, other = result({"sciq": 0.8, "mine": 0.3}), result({"sciq": 0.7}, items=100, lm_eval_version="0.4.9")
     one["tasks"]["mine"]["metrics"]["perplexity"] = 1234.5
     text = markdown({"one": one, "other": other})
-    assert "averages do not compare" in text and "acc_norm of 400 or acc_norm of 100" in text
+    assert "averages do not compare" in text and "acc_norm of 400 items or acc_norm of 100 items" in text
     assert "| other | 70.0 ± 2.0 | - | 70.0 ± 2.0 |" in text.replace("**", "")
-    assert "Data files without a published checksum: mine." in text and "lm-eval 0.4.13 and 0.4.9." in text
+    assert (
+        "**70.0 ± 2.0** |\n" not in text and "Other data" not in text
+    )  # no best average among averages of other tasks
+    assert "lm-eval 0.4.13 and 0.4.9." in text
     assert "Perplexity: one: mine 1,234" in text
+    one["tasks"]["sciq"] |= {"chance": 0.25, "data": {"known": False}}
+    assert "Other data than the known sets: sciq." in markdown({"one": one}) and "chance 25%" in markdown({"one": one})
+
+
+def test_results_are_found_where_they_lie(tmp_path):
+    made = result({"sciq": 0.8})
+    for place in ("run/warmup/evaluate", "run/bliss/round_01/evaluate", "run/bliss/round_02/evaluate", "run/alone"):
+        (tmp_path / place).mkdir(parents=True)
+        write_results(tmp_path / place, made, "x")
+    run = tmp_path / "run"
+    assert list(find_results(run)) == ["run: bliss, round 2"]
+    every = ["run: warm-up", "run: bliss, round 1", "run: bliss, round 2"]
+    assert list(find_results(run, every_round=True)) == every
+    assert find_results(run / "alone") == find_results(run / "alone/results.json") == {"alone": made}
+    with pytest.raises(ValueError, match="found no results.json in .*expected a run that was evaluated"):
+        find_results(tmp_path)
 
 
 def test_files_and_back(tmp_path):
