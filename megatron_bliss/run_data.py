@@ -137,7 +137,7 @@ def _stage_files(folder: Path, name: str) -> list[tuple[str, int, Path]]:
 def _attempt(run: RunData, name: object, read: Callable, *arguments: object) -> Any:
     try:
         return read(*arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged or foreign content, named on the page
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # damaged or foreign content: named
         run.missing.append(f"{name}: could not be read ({error})")
         return None
 

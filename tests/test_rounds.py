@@ -196,6 +196,20 @@ def test_an_evaluation_alone_gives_the_same_results(corpus: Path, finished: Path
     assert (folder / "done.json").is_file() and before == {name: (folder / name).read_bytes() for name in before}
 
 
+def test_a_checkpoint_alone_gives_what_the_round_gave(finished: Path, tmp_path: Path) -> None:
+    (target,) = (finished / "bliss/round_02/pretrain").glob("step_*16")
+    for kind, path in (("target", target), ("proxy", finished / "warmup/proxy/final.pt")):
+        command = [sys.executable, str(ROOT / "tools/evaluate.py"), f"--{kind}", str(path), "--output", str(tmp_path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (tmp_path / "results.md").read_text()
+        if kind == "target":
+            expected = finished / "bliss/round_02/evaluate/results.json"
+            assert (tmp_path / "results.json").read_bytes() == expected.read_bytes()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {task["num_items"] for task in result["tasks"].values()} == {10}
+
+
 def test_rounds_use_disjoint_shards_and_the_best_fifth(corpus: Path, finished: Path) -> None:
     units = []
     for number in (1, 2):
