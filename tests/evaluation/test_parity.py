@@ -12,17 +12,12 @@ from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel,
 from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout
 from megatron_bliss.models.huggingface import open_huggingface
 from megatron_bliss.models.transformer import build_lm
-from tests.distributed import run_distributed
 from tests.evaluation import worlds
 from tests.evaluation.conftest import World, huggingface_reference
 from tests.targets import grouped, layout
 
 TOLERANCE = 1e-3
-LAYOUTS = {2: [(2, 1, False), (2, 1, True), (1, 2, False), (1, 1, False)], 4: [(2, 2, False)]}
-"""World size -> (tensor, pipeline, sequence parallel); the rest of the ranks is data parallel."""
 TRAINED = ("neox_trained", "llama_trained")
-SHORT = {"limit": 4, "allow_unknown_data": True}
-BATCH_TOKENS = 1000
 
 
 def assert_same_answers(found: list, expected: list, tolerance: float = TOLERANCE) -> None:
@@ -41,6 +36,11 @@ def assert_same_results(found: dict, expected: dict) -> None:
             assert value == pytest.approx(other["metrics"][metric], rel=1e-3 if metric == "perplexity" else 0), name
         assert (task["value"], task["num_items"], task["data"]) == (other["value"], other["num_items"], other["data"])
     assert found["average"] == expected["average"] and found["average_tasks"] == expected["average_tasks"]
+
+
+def as_requests(pairs: list) -> list[Instance]:
+    """lm-eval's requests of (context, continuation)."""
+    return [Instance("loglikelihood", {}, tuple(pair), 0) for pair in pairs]
 
 
 def some_generations(count: int = 5) -> list[Instance]:
@@ -110,7 +110,7 @@ def test_rolling_and_greedy_texts(world: World, name: str) -> None:
 def test_spaces_and_empty_contexts(world: World) -> None:
     pairs = [("", "aa bb"), ("", "<|endoftext|>aa bb"), ("aa bb ", "cc"), ("aa bb  ", " cc dd"), ("aa", "b cc")]
     pairs += [("<|endoftext|>aa", " bb")]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    requests = as_requests(pairs)
     folder = world.models["neox_trained"]
     with grouped(layout()) as groups:
         found = worlds.target_model(folder, layout(), groups).loglikelihood(requests)
@@ -126,7 +126,7 @@ def test_add_bos(world: World) -> None:
     from lm_eval.models.huggingface import HFLM
 
     pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>aa", "b")]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs] + world.requests[::7]
+    requests = as_requests(pairs) + world.requests[::7]
     folder = world.models["llama_trained"]
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
     plain = reference.tokenizer.encode
@@ -136,41 +136,6 @@ def test_add_bos(world: World) -> None:
         without = worlds.target_model(folder, layout(), groups).loglikelihood(requests[:1])
     assert_same_answers(found, reference.loglikelihood(requests, disable_tqdm=True))
     assert abs(found[0][0] - without[0][0]) > 1e-2
-
-
-def short_run(folder, config, groups, data_dir) -> tuple:
-    """Results, rolling log-likelihoods and greedy texts."""
-    model = worlds.target_model(folder, config, groups, BATCH_TOKENS)
-    document = evaluate_tasks(model, worlds.all_tasks(), data_dir, groups=groups, **SHORT)
-    return document, model.loglikelihood_rolling(some_texts()), model.generate_until(some_generations(3))
-
-
-def run_layouts(rank: int, size: int, layouts: list, folders: dict, data_dir, tasks_folder) -> dict:
-    """Answers and short runs of every layout and model on this rank, and a proxy's answers."""
-    requests = worlds.make_requests(data_dir, tasks_folder / str(rank))
-    found = {}
-    for sizes in layouts:
-        for name, folder in folders.items():
-            with grouped(layout(*sizes)) as groups:
-                model = worlds.target_model(folder, layout(*sizes), groups, BATCH_TOKENS)
-                found[*sizes, name] = model.loglikelihood(requests), short_run(folder, layout(*sizes), groups, data_dir)
-    with grouped(layout()) as groups:
-        found["proxy"] = proxy(folders["neox_trained"], groups).loglikelihood(requests)
-    return found
-
-
-@pytest.mark.parametrize("size", LAYOUTS)
-def test_target_in_parallel_layouts(world: World, size: int, tmp_path) -> None:
-    folders = {name: world.models[name] for name in TRAINED}
-    ranks = run_distributed(run_layouts, size, LAYOUTS[size], folders, world.data_dir, tmp_path)
-    assert len(ranks[0]) == 2 * len(LAYOUTS[size]) + 1 and all(rank == ranks[0] for rank in ranks)
-    assert_same_answers(ranks[0].pop("proxy"), world.answers["neox_trained"])
-    with grouped(layout()) as groups:
-        alone = {name: short_run(folder, layout(), groups, world.data_dir) for name, folder in folders.items()}
-    for (*_, name), (answers, (document, rolling, texts)) in ranks[0].items():
-        assert_same_answers(answers, world.answers[name])
-        assert_same_results(document, alone[name][0])
-        assert rolling == pytest.approx(alone[name][1], abs=TOLERANCE) and texts == alone[name][2]
 
 
 def test_bf16_stays_near(world: World) -> None:

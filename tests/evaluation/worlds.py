@@ -24,7 +24,7 @@ from megatron_bliss.models.target_weights import load_full_weights
 from tests.targets import LLAMA, NEOX
 
 ITEMS = 16
-VOCAB_SIZE = 300
+VOCAB_SIZE = 500
 MAX_LENGTH = 48
 """Shorter than some prompts: they are cut on the left."""
 ARCHITECTURES = {
