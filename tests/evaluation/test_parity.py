@@ -67,7 +67,7 @@ def test_there_is_something_to_get_wrong(world: World) -> None:
     random, trained = (world.documents[f"neox_{state}"]["tasks"]["cloze"]["metrics"] for state in ("random", "trained"))
     assert trained["perplexity"] < random["perplexity"] / 10
     for name in TRAINED:
-        assert 20 < sum(greedy for _, greedy in world.answers[name]) < 500
+        assert 5 < sum(greedy for _, greedy in world.answers[name]) < 500
         assert 0 < world.documents[name]["average"] < 1
 
 
@@ -125,7 +125,7 @@ def test_add_bos(world: World) -> None:
     """A tokenizer that puts a first token before every text, as LLaMA's does."""
     from lm_eval.models.huggingface import HFLM
 
-    pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>aa", "b")]
+    pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>aa", " bb")]
     requests = as_requests(pairs) + world.requests[::7]
     folder = world.models["llama_trained"]
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
