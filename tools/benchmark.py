@@ -14,10 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this file's folder alone is on the path
 
 from megatron_bliss.files import atomic_file  # noqa: E402
-from tools.benchmarks import bilevel, pretrain, table  # noqa: E402
+from tools.benchmarks import bilevel, evaluation, pretrain, table  # noqa: E402
 
 COMMANDS = {
     "bilevel": (bilevel, table.markdown),
+    "evaluation": (evaluation, evaluation.markdown),
     "pretrain": (pretrain, pretrain.markdown),
 }
 """Command -> module with ``add_arguments`` and ``run``, and the function that writes its result as Markdown."""

@@ -5,7 +5,7 @@ Tokens, truncation and answers follow lm-eval's own Hugging Face model; what dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lm_eval.api.model import TemplateLM
@@ -85,28 +85,8 @@ class Adapter(TemplateLM):
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding gives it) of each request's (context, continuation)."""
-        return self._loglikelihood_tokens(self.encode_pairs([request.args for request in requests]))
-
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Contexts and continuations as tokens, each text once: spaces that end a context begin the continuation.
-
-        An empty context becomes the prefix token, unless the continuation begins with it.
-        """
-        moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-        whole = list(dict.fromkeys(c + t for c, t in moved if c) | dict.fromkeys(c for c, _ in moved if c))
-        alone = list(dict.fromkeys(t for c, t in moved if not c))
-        tokens = dict(zip(whole, self.encode(whole), strict=True))
-        tokens_alone = dict(zip(alone, self.encode(alone, add_special_tokens=False), strict=True))
-        encoded = []
-        for pair, (context, continuation) in zip(pairs, moved, strict=True):
-            if context:
-                start = tokens[context]
-                encoded.append((pair, start, tokens[context + continuation][len(start) :]))
-                continue
-            rest = tokens_alone[continuation]
-            split = rest[:1] == [self.prefix_token_id]
-            encoded.append((pair, rest[:1], rest[1:]) if split else (pair, [self.prefix_token_id], rest))
-        return encoded
+        pairs = [request.args for request in requests]
+        return self._loglikelihood_tokens(encode_pairs(pairs, self.encode, self.prefix_token_id))
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: object) -> list[tuple[float, bool]]:
         return score(
@@ -163,6 +143,31 @@ class Adapter(TemplateLM):
             stops.append(stop)
         texts = generate(self.backbone, self.text_tokenizer, jobs, batch_tokens=self.batch_tokens)
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
+
+
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], encode: Callable[..., list[list[int]]], prefix_token: int
+) -> list[Encoded]:
+    """Contexts and continuations as tokens, each text encoded once: spaces that end a context begin the continuation.
+
+    An empty context becomes the prefix token, unless the continuation begins with it. ``encode(texts)`` may put a first
+    token before each, ``encode(texts, add_special_tokens=False)`` must not.
+    """
+    moved = [_move_spaces(context, continuation) for context, continuation in pairs]
+    texts = dict.fromkeys(text for context, rest in moved if context for text in (context, context + rest))
+    alone = dict.fromkeys(rest for context, rest in moved if not context)
+    tokens = dict(zip(texts, encode(list(texts)), strict=True))
+    tokens_alone = dict(zip(alone, encode(list(alone), add_special_tokens=False) if alone else [], strict=True))
+    encoded = []
+    for pair, (context, rest) in zip(pairs, moved, strict=True):
+        if context:
+            start = tokens[context]
+            encoded.append((pair, start, tokens[context + rest][len(start) :]))
+        elif tokens_alone[rest][:1] == [prefix_token]:
+            encoded.append((pair, [prefix_token], tokens_alone[rest][1:]))
+        else:
+            encoded.append((pair, [prefix_token], tokens_alone[rest]))
+    return encoded
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
