@@ -14,6 +14,7 @@ from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.subset import require_field
+from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
@@ -25,6 +26,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations
     that cannot work.
     """
+    config = _parse(arguments)
+    check(config)
+    return config
+
+
+def read_config(path: Path | str) -> Config:
+    """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""
+    return _parse(["--config", str(path)])
+
+
+def _parse(arguments: Sequence[str] | None) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
@@ -32,9 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     parser.add_class_arguments(Config, as_group=False, fail_untyped=True)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    config = Config(**vars(parser.instantiate(namespace)))
-    check(config)
-    return config
+    return Config(**vars(parser.instantiate(namespace)))
 
 
 def arm_names(config: Config) -> list[str]:
@@ -47,6 +57,8 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_sizes(config)
     _check_data(config)
+    if config.evaluation.tasks:
+        check_evaluation(config.evaluation, config.data.train_prefix)
 
 
 def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> None:
@@ -86,6 +98,8 @@ def _check_run(config: Config) -> None:
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
     if config.stage in ROUND_STAGES:
+        if config.stage == "evaluate" and config.round == 0 and config.evaluation.tasks:
+            return  # the warm-up's target, shared by all arms
         if config.round is None or not 1 <= config.round <= config.rounds:
             raise ValueError(f"found round {config.round} for --stage {config.stage}, expected 1 to {config.rounds}")
         if config.arm not in arm_names(config):
@@ -104,6 +118,7 @@ def _check_sizes(config: Config) -> None:
         "pretraining.train_iters": config.pretraining.train_iters,
         "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
         "pretraining.eval_interval": config.pretraining.eval_interval,
+        "evaluation.batch_tokens": config.evaluation.batch_tokens,
         "checkpoint.save_interval": config.checkpoint.save_interval,
         "checkpoint.keep": config.checkpoint.keep,
         "logging.log_interval": config.logging.log_interval,

@@ -36,7 +36,8 @@ _WIDE, _HALF = 10.2, 4.95
 
 
 class Line(NamedTuple):
-    """One curve: values that are not finite are gaps; ``color`` counts from 0; ``smooth`` adds a running mean."""
+    """One curve: values that are not finite are gaps; ``color`` counts from 0; ``smooth`` adds a running mean;
+    ``error`` gives half the height of a band around it."""
 
     label: str
     x: Sequence[float]
@@ -44,6 +45,7 @@ class Line(NamedTuple):
     color: int = 0
     markers: bool = False
     smooth: bool = False
+    error: Sequence[float] | None = None
 
 
 def color_variable(index: int) -> str:
@@ -113,6 +115,9 @@ def _draw(axes, line: Line) -> None:
     marker = "o" if line.markers and len(line.x) <= 60 or len(line.x) == 1 else None
     alpha, width = (0.3, 0.8) if smooth else (1.0, 1.4)
     axes.plot(line.x, line.y, color=color, alpha=alpha, linewidth=width, marker=marker, markersize=3)
+    if line.error is not None:
+        low, high = ([y + sign * e for y, e in zip(line.y, line.error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(line.x, low, high, color=color, alpha=0.13, linewidth=0)
     if smooth:
         axes.plot(line.x, running_mean(line.y, max(5, len(line.y) // 12)), color=color)
 

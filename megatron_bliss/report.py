@@ -6,7 +6,6 @@ at its top. Text from outside (documents, addresses, labels, the config) goes th
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from megatron_bliss.files import atomic_file
 from megatron_bliss.metrics import format_seconds
 from megatron_bliss.plots import Line, color_variable, histogram_chart, line_chart, strip_chart
+from megatron_bliss.report_parts import escape, figure, section, table
+from megatron_bliss.report_tasks import task_section
 from megatron_bliss.run_data import RunData, joined, read_run
 from megatron_bliss.summary import (
     CHOSEN,
@@ -49,9 +50,9 @@ def build_report(run_folder: Path | str) -> str:
         raise ValueError(f"found no folder {folder}, expected a run folder; change the path")
     run = read_run(folder)
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    sections = (_head, _missing, _target_section, _pretraining_section, _bilevel_section, _score_section,
+    sections = (_head, _missing, _target_section, task_section, _pretraining_section, _bilevel_section, _score_section,
                 _domain_section, _sample_section, _stage_section, _config_section)  # fmt: skip
-    body = "\n".join(section(run) for section in sections)
+    body = "\n".join(write(run) for write in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -61,63 +62,8 @@ def build_report(run_folder: Path | str) -> str:
     )
 
 
-def escape(text: object) -> str:
-    """Return text that is safe between tags and inside quoted attributes.
-
-    Characters that control a terminal or turn the direction of writing around become spaces.
-    """
-    return html.escape("".join(" " if _is_control(ord(character)) else character for character in str(text)))
-
-
-def _is_control(code: int) -> bool:
-    is_c0_or_c1 = code < 32 and code not in (9, 10) or 127 <= code < 160
-    return is_c0_or_c1 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-
-
-# Parts of a page
-
-
-def _section(title: str, note: str, *parts: str) -> str:
-    if not any(parts):
-        return ""
-    intro = f'<p class="note">{note}</p>' if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{intro}\n" + "\n".join(parts) + "\n</section>"
-
-
-def _figure(title: str, caption: str, svg: str, keys: Mapping[str, int] | None = None) -> str:
-    legend = "".join(
-        f'<span class="key"><i style="background:{color_variable(color)}"></i>{escape(label)}</span>'
-        for label, color in (keys or {}).items()
-    )
-    legend = f'<div class="keys">{legend}</div>' if legend else ""
-    return f"<figure>\n<h3>{escape(title)}</h3>\n<figcaption>{caption}{legend}</figcaption>\n{svg}\n</figure>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, total: bool = False) -> str:
-    """A table of escaped text: ``left`` columns flush left, then numbers; ``total`` sets off the last row."""
-    rows = list(rows)
-
-    def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
-        classes = ['class="label"' if column < left else 'class="number"' for column in range(len(cells))]
-        content = "".join(f"<{tag} {c}>{escape(text)}</{tag}>" for c, text in zip(classes, cells, strict=True))
-        return f"<tr{kind}>{content}</tr>"
-
-    body = [line(row, "td", ' class="total"' if total and row is rows[-1] else "") for row in rows]
-    return (
-        f'<div class="scroll"><table>\n<thead>{line(header, "th")}</thead>\n<tbody>\n'
-        + "\n".join(body)
-        + "\n</tbody></table></div>"
-    )
-
-
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _arm_color(run: RunData, arm: str) -> int:
-    """bliss and random keep their colours in every plot and every run."""
-    others = [name for name in run.arms if name not in (CHOSEN, CONTROL)]
-    return {CHOSEN: 0, CONTROL: 1}.get(arm, 2 + others.index(arm) if arm in others else 5)
 
 
 # Head
@@ -169,7 +115,7 @@ def _target_section(run: RunData) -> str:
     rest = [_target_figure(run, name, is_wide=False) for name in names[1:]]
     pairs = [f'<div class="pair">{"".join(rest)}</div>'] if rest else []
     note = "Mean loss of the target per labelled token, in nats, on the held-out sets, at equal target tokens."
-    return _section("What selection was worth", note, *wide, *pairs, _final_table(run))
+    return section("What selection was worth", note, *wide, *pairs, _final_table(run))
 
 
 def _target_figure(run: RunData, name: str, *, is_wide: bool) -> str:
@@ -177,9 +123,7 @@ def _target_figure(run: RunData, name: str, *, is_wide: bool) -> str:
     lines = []
     for arm, content in arms.items():
         points = finite_points(content["losses"].get(name, []))
-        lines.append(
-            Line(arm, [x for x, _ in points], [loss for _, loss in points], _arm_color(run, arm), markers=True)
-        )
+        lines.append(Line(arm, [x for x, _ in points], [loss for _, loss in points], run.color(arm), markers=True))
     control = finite_points(arms.get(CONTROL, {}).get("losses", {}).get(name, []))
     goal = control[-1][1] if control else None
     reached = first_reach(arms.get(CHOSEN, {}).get("losses", {}).get(name, []), goal) if control else None
@@ -188,7 +132,7 @@ def _target_figure(run: RunData, name: str, *, is_wide: bool) -> str:
         level=goal, skip_start=0.1, point=None if reached is None else (reached, goal), wide=is_wide,
     )  # fmt: skip
     caption = f"Dashed: {CONTROL}'s final loss; ring: where {CHOSEN} first has it." if goal is not None else ""
-    return _figure(name, caption, svg, {line.label: line.color for line in lines})
+    return figure(name, caption, svg, {line.label: line.color for line in lines})
 
 
 def _final_table(run: RunData) -> str:
@@ -207,7 +151,7 @@ def _final_table(run: RunData) -> str:
             row.append("-" if ratio is None else f"{ratio:.2f}×")
         rows.append(row)
     header = ["final loss", *arms, *([f"{CHOSEN} − {CONTROL}", "speed-up"] if is_pair else [])]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _curve_figure(
@@ -218,7 +162,7 @@ def _curve_figure(
     for arm in arms:
         entries = [entry for entry in run.metrics if entry["arm"] == arm and entry["stage"] == stage]
         for index, (key, label) in enumerate(keys.items()):
-            label, color = (arm, _arm_color(run, arm)) if len(keys) == 1 else (label, index)
+            label, color = (arm, run.color(arm)) if len(keys) == 1 else (label, index)
             for number, (x, y) in joined(entries, key).items():
                 lines.append(Line(label, x, y, color, smooth=True))
                 boundaries.setdefault(f"round {number}", x[0])
@@ -227,7 +171,7 @@ def _curve_figure(
     boundaries = boundaries if len(boundaries) > 1 else {}
     svg = line_chart(lines, title=f"{stage} {title}", x_label="step", boundaries=boundaries, **options)
     legend = {line.label: line.color for line in lines}
-    return _figure(title, caption, svg, legend if len(legend) > 1 else None)
+    return figure(title, caption, svg, legend if len(legend) > 1 else None)
 
 
 def _pairs(figures: Iterable[str]) -> str:
@@ -252,7 +196,7 @@ def _pretraining_section(run: RunData) -> str:
     ):
         figures.append(_curve_figure(run, "pretrain", run.arms, {key: ""}, title, caption))
     note = "Pale: what was logged; line: its running mean. Thin verticals: rounds."
-    return _section("Pre-training", note, _pairs(figures))
+    return section("Pre-training", note, _pairs(figures))
 
 
 def _bilevel_section(run: RunData) -> str:
@@ -276,7 +220,7 @@ def _bilevel_section(run: RunData) -> str:
     arms = [arm for arm in run.arms if any(e["arm"] == arm and e["stage"] == "bilevel" for e in run.metrics)]
     figures = [_curve_figure(run, "bilevel", arms, *chart[:3], **chart[3]) for chart in charts]
     note = "How the score model learnt. Pale: what was logged; line: its running mean. Thin verticals: rounds."
-    return _section("Bilevel optimisation", note, _pairs(figures))
+    return section("Bilevel optimisation", note, _pairs(figures))
 
 
 # What was chosen
@@ -288,18 +232,18 @@ def _score_section(run: RunData) -> str:
         groups = {f"round {number}": scores for number, scores in rounds.items()}
         svg = histogram_chart(groups, title=f"scores {arm}", x_label="score")
         keys = {label: index for index, label in enumerate(groups)}
-        figures.append(_figure(f"Scores, {arm}", "Share of the shard's units.", svg, keys))
+        figures.append(figure(f"Scores, {arm}", "Share of the shard's units.", svg, keys))
     for (arm, name), groups in run.scores_by_field.items():
         svg = strip_chart(groups, title=f"scores by {name} {arm}", x_label="score")
         caption = "Last scored round. Dot: median; thick: middle half; thin: 5 to 95 %; in brackets: units."
-        figures.append(_figure(f"Scores by {name}, {arm}", caption, svg))
-    return _section("Scores", "", *figures)
+        figures.append(figure(f"Scores by {name}, {arm}", caption, svg))
+    return section("Scores", "", *figures)
 
 
 def _domain_section(run: RunData) -> str:
     fields = (run.summary or {}).get("domains_by_field", {})
     parts = [_share_table(run, field, content) for field, content in fields.items()]
-    return _section("What was selected", "Share of units in the pool and in the selection, over all rounds.", *parts)
+    return section("What was selected", "Share of units in the pool and in the selection, over all rounds.", *parts)
 
 
 def _share_table(run: RunData, field: str, content: Mapping) -> str:
@@ -311,7 +255,7 @@ def _share_table(run: RunData, field: str, content: Mapping) -> str:
     top = max([*pool.values(), *(share for arm in arms for share in selected[arm].values())])
     rows = []
     for label, share, chosen, factor in by_lift(pool, selected[first]):
-        bars = _bar(share / top, "var(--series-6)") + _bar(chosen / top, color_variable(_arm_color(run, first)))
+        bars = _bar(share / top, "var(--series-6)") + _bar(chosen / top, color_variable(run.color(first)))
         rest = "".join(f'<td class="number">{selected[arm].get(label, 0.0):.1%}</td>' for arm in arms[1:])
         rows.append(
             f'<tr><td class="label" title="{escape(label)}">{escape(label)}</td><td class="bars">{bars}</td>'
@@ -320,7 +264,7 @@ def _share_table(run: RunData, field: str, content: Mapping) -> str:
             f"</td>{rest}</tr>"
         )
     heads = "".join(f'<th class="number">{escape(text)}</th>' for text in ["pool", first, "ratio", *arms[1:]])
-    keys = {"pool": "var(--series-6)", first: color_variable(_arm_color(run, first))}
+    keys = {"pool": "var(--series-6)", first: color_variable(run.color(first))}
     legend = "".join(
         f'<span class="key"><i style="background:{color}"></i>{escape(text)}</span>' for text, color in keys.items()
     )
@@ -346,7 +290,7 @@ def _sample_section(run: RunData) -> str:
             f"<details{is_open}><summary>{escape(arm)}, round {number}</summary>\n"
             f'<div class="samples">{columns}</div></details>'
         )
-    return _section("Sample documents", "The units with the highest and the lowest scores of a shard.", *parts)
+    return section("Sample documents", "The units with the highest and the lowest scores of a shard.", *parts)
 
 
 def _sample(sample: Mapping) -> str:
@@ -374,7 +318,7 @@ def _stage_section(run: RunData) -> str:
     rows.append(["total", "", "", *_cost(_sum(records))])
     header = ["arm", "round", "stage", "time", "peak memory", "work", "work per second"]
     note = "Peak memory is that of the largest process; work counts the operations of all ranks."
-    return _section("Time, memory and work", note, _table(header, rows, left=3, total=True))
+    return section("Time, memory and work", note, table(header, rows, left=3, total=True))
 
 
 def _sum(records: Sequence[Mapping]) -> tuple[float | None, float | None, float | None]:
@@ -397,4 +341,4 @@ def _config_section(run: RunData) -> str:
     if not run.config_text:
         return ""
     text = f'<details><summary>config.yaml</summary><pre class="config">{escape(run.config_text)}</pre></details>'
-    return _section("Configuration", "Every option as it was resolved, the first thing the run wrote.", text)
+    return section("Configuration", "Every option as it was resolved, the first thing the run wrote.", text)

@@ -1,6 +1,6 @@
 """The rounds of a run: which stage comes when, for which arm, and what a run says at its end.
 
-    shards, warm-up of target and proxy
+    shards, warm-up of target and proxy, evaluation of the target on the tasks if there are any
     for each round, for each arm: [bilevel ->] score -> select -> pretrain -> [decay branch ->] evaluate
 
 Arms share shards, warm-up, seeds, tokens and schedule; they differ only in the scores they select by. A finished stage
@@ -61,6 +61,10 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
             branch = folder.stage_folder("shared", 0, "decay_branch")
             yield branch, lambda path: stages.decay_target(session, path, "shared", 0)
         yield folder.stage_folder("shared", 0, "proxy"), lambda path: stages.warm_up_proxy(session, path)
+    if config.evaluation.tasks and (
+        config.stage in (None, "warmup") or (config.stage, config.round) == ("evaluate", 0)
+    ):
+        yield folder.stage_folder("shared", 0, "evaluate"), _bind(stages.evaluate_target, session, "shared", 0)
     for number in range(1, config.rounds + 1):
         for arm in arm_names(config):
             for stage in ROUND_STAGES:
@@ -91,6 +95,7 @@ def summarise(session: Session) -> dict:
         _evaluations(session),
         stages=read_stages(path),
         domains_by_field=_domains(session),
+        task_results=_task_results(session),
         seed=session.config.seed,
         config_text=(path / "config.yaml").read_text(encoding="utf-8"),
     )
@@ -113,6 +118,16 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
             points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
         curves[arm] = [points[iteration] for iteration in sorted(points)]
     return curves
+
+
+def _task_results(session: Session) -> dict[str, list[dict]]:
+    """Per arm {"tokens", "result"} of every checkpoint evaluated on tasks, the shared warm-up's first."""
+    found = {}
+    for arm in arm_names(session.config):
+        folders = [session.folder.stage_folder(arm, n, "evaluate") for n in range(session.config.rounds + 1)]
+        records = [record for record in map(session.folder.record, folders) if record and "tasks" in record]
+        found[arm] = [{"tokens": one["evaluation"]["tokens"], "result": one["tasks"]} for one in records]
+    return {arm: points for arm, points in found.items() if points}
 
 
 def _segment_evaluations(session: Session, arm: str, number: int, decayed: bool) -> list[dict]:

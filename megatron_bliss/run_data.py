@@ -15,7 +15,7 @@ import yaml
 from megatron_bliss.data.subset import read_provenance
 from megatron_bliss.files import read_json
 from megatron_bliss.metrics import read_metrics
-from megatron_bliss.summary import CONTROL, read_stages
+from megatron_bliss.summary import CHOSEN, CONTROL, read_stages
 
 MOST_SCORES = 1_000_000
 """A larger score file is thinned evenly to about this many before it is drawn."""
@@ -56,6 +56,11 @@ class RunData:
         found = [entry["arm"] for entry in [*self.stages, *self.metrics] if entry["arm"] != "shared"]
         return named or list(dict.fromkeys(found))
 
+    def color(self, arm: str) -> int:
+        """Series colour of an arm; bliss and random keep theirs in every plot and every run."""
+        others = [name for name in self.arms if name not in (CHOSEN, CONTROL)]
+        return {CHOSEN: 0, CONTROL: 1}.get(arm, 2 + others.index(arm) if arm in others else 5)
+
     @property
     def rounds(self) -> int | None:
         return self.option("rounds")
@@ -65,6 +70,12 @@ class RunData:
         """Every arm has evaluated its last round."""
         done = {(record["arm"], record["round"]) for record in self.stages if record["stage"] == "evaluate"}
         return bool(self.arms) and all((arm, self.rounds) in done for arm in self.arms)
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Target tokens of one iteration, None where the config does not say."""
+        batch, length = self.option("pretraining", "global_batch_size"), self.option("data", "seq_length")
+        return batch * length if batch and length else None
 
     @property
     def round_tokens(self) -> dict[str, float]:
@@ -126,7 +137,7 @@ def _stage_files(folder: Path, name: str) -> list[tuple[str, int, Path]]:
 def _attempt(run: RunData, name: object, read: Callable, *arguments: object) -> Any:
     try:
         return read(*arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged or foreign content, named on the page
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # damaged or foreign content: named
         run.missing.append(f"{name}: could not be read ({error})")
         return None
 
@@ -155,7 +166,9 @@ def _read_summary(path: Path) -> dict:
     for arm in summary["arms"].values():
         if not all(len(point) == 2 for curve in [arm["validation_loss"], *arm["losses"].values()] for point in curve):
             raise ValueError("found a curve whose points are not [tokens, loss]")
-    return {"speedups": {}, "domains_by_field": {}, **summary}
+        if not all(len(point) == 3 for curve in arm.get("tasks", {}).values() for point in curve):
+            raise ValueError("found a curve of a task whose points are not [tokens, value, standard error]")
+    return {"speedups": {}, "domains_by_field": {}, "task_speedups": {}, "task_facts": {}, **summary}
 
 
 def _read_samples(path: Path) -> dict:

@@ -240,9 +240,27 @@ def decay_target(session: Session, folder: Path, arm: str, round_number: int) ->
 
 
 def evaluate_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
-    """Losses of the checkpoint that stands for the round, as read back from disk."""
+    """Losses and task results of the checkpoint that stands for the round, as read back from disk (0: the warm-up)."""
+    config = session.config
     target = _load_target(session, evaluation_checkpoint(session, arm, round_number))
-    return {"evaluation": _evaluation(session, round_number, _test_losses(session)(target)), "flops": 0.0}
+    evaluation = _evaluation(session, round_number, _test_losses(session)(target))
+    if not config.evaluation.tasks:
+        return {"evaluation": evaluation, "flops": 0.0}
+    from megatron_bliss.evaluation.stage import evaluate_checkpoint, task_metrics  # lm-eval takes seconds to import
+
+    result = evaluate_checkpoint(
+        config.evaluation,
+        target,
+        session.groups,
+        folder,
+        train_prefix=config.data.train_prefix,
+        max_length=config.data.seq_length,
+        label=f"{arm}, round {round_number}" if round_number else "warm-up",
+        show_progress=session.show_progress,
+    )
+    session.metrics.truncate(arm, round_number, "evaluate", -1)  # of an attempt that was killed before it was finished
+    session.metrics.log(evaluation["iteration"], task_metrics(result), arm=arm, round=round_number, stage="evaluate")
+    return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
 
 
 def evaluation_checkpoint(session: Session, arm: str, round_number: int) -> Path:

@@ -7,7 +7,6 @@ in a summary they are null (:func:`build_summary` sees to it), and every functio
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,62 +15,27 @@ from pathlib import Path
 
 import orjson
 
+from megatron_bliss.curves import Curve, finite_points, first_reach, loss_at, speedup
+from megatron_bliss.evaluation.results import Cell, columns
 from megatron_bliss.files import read_json
 from megatron_bliss.metrics import format_seconds
+from megatron_bliss.task_summary import (
+    Measured,
+    perplexity_curves,
+    task_curves,
+    task_facts,
+    task_rows,
+    task_speedup,
+    task_speedup_sentence,
+)
 
 STAGE_ORDER = (
-    *("warmup", "warmup target", "warmup decay_branch", "warmup proxy"),
+    *("warmup", "warmup target", "warmup decay_branch", "warmup proxy", "warmup evaluate"),
     *("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"),
 )
-PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
+PACKAGES = ("torch", "megatron-core", "lm-eval", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"
 """The arms that the speed-up compares."""
-
-Curve = Sequence[Sequence[float]]
-
-
-def finite_points(curve: Curve) -> list[tuple[float, float]]:
-    """Return the points of a curve whose loss is a finite number."""
-    return [(x, loss) for x, loss in curve if loss is not None and math.isfinite(loss)]
-
-
-def first_reach(curve: Curve, loss: float) -> float | None:
-    """Return where a curve first comes down to ``loss``, linear between its points; None if it never does."""
-    points = finite_points(curve)
-    if not points:
-        return None
-    if points[0][1] <= loss:
-        return points[0][0]
-    for (x0, loss0), (x1, loss1) in zip(points, points[1:], strict=False):
-        if loss1 <= loss:
-            return x0 + (x1 - x0) * (loss0 - loss) / (loss0 - loss1)
-    return None
-
-
-def loss_at(curve: Curve, x: float) -> float | None:
-    """Return the loss of a curve at ``x``, linear between its points; None outside them."""
-    points = finite_points(curve)
-    for x0, loss0 in points:
-        if x0 == x:
-            return loss0
-    for (x0, loss0), (x1, loss1) in zip(points, points[1:], strict=False):
-        if x0 < x < x1:
-            return loss0 + (loss1 - loss0) * (x - x0) / (x1 - x0)
-    return None
-
-
-def speedup(random_curve: Curve, bliss_curve: Curve) -> float | None:
-    """Return target steps at which random ends / steps at which bliss first has the loss that random ends with.
-
-    Both arms take the same tokens a step, so a ratio of tokens is one of steps. None where bliss never reaches that
-    loss, where a curve is empty, and where bliss has it before its first step, which is no ratio.
-    """
-    control = finite_points(random_curve)
-    if not control:
-        return None
-    end, final_loss = control[-1]
-    reached = first_reach(bliss_curve, final_loss)
-    return end / reached if reached else None
 
 
 def shares(labels: Iterable[str | None]) -> dict[str, float]:
@@ -135,6 +99,7 @@ def build_summary(
     *,
     stages: Sequence[Mapping],
     domains_by_field: Mapping[str, Mapping],
+    task_results: Measured | None = None,
     seed: int,
     config_text: str,
     versions: Mapping[str, str] | None = None,
@@ -146,8 +111,12 @@ def build_summary(
     stages: records as :func:`read_stages` returns them.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
+    task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks`` and ``perplexities``.
     """
+    task_results = task_results or {}
     arms = {arm: _arm_summary(measured) for arm, measured in evaluations.items()}
+    for arm, measured in task_results.items():
+        arms[arm] |= {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
     losses = {arm: content["losses"] for arm, content in arms.items()}
     test_sets = list(losses.get(CONTROL, {}))
     speedups = {name: speedup(losses[CONTROL][name], losses.get(CHOSEN, {}).get(name, [])) for name in test_sets}
@@ -157,6 +126,9 @@ def build_summary(
         "arms": arms,
         "speedup": speedups[test_sets[0]] if test_sets else None,
         "speedups": speedups,
+        "task_speedup": task_speedup(arms, CHOSEN, CONTROL),
+        "task_speedups": {arm: task_speedup(arms, CHOSEN, arm) for arm in task_results if arm != CHOSEN},
+        "task_facts": task_facts(task_results),
         "domains": {
             "pool": first_field["pool"],
             "selected": selected.get(CHOSEN, next(iter(selected.values()), {})),
@@ -263,7 +235,7 @@ def format_table(summary: Mapping, *, loss_rows: int = 6, label_rows: int = 16) 
 
     loss_rows, label_rows: most rows of the table of losses and of each table of shares (the extremes are kept).
     """
-    blocks = [_loss_block(summary, loss_rows), _final_block(summary), _speedup_block(summary)]
+    blocks = [_loss_block(summary, loss_rows), _final_block(summary), _speedup_block(summary), _task_block(summary)]
     blocks += [_shares_block(field, content, label_rows) for field, content in summary["domains_by_field"].items()]
     return "\n\n".join(block for block in [*blocks, _stage_block(summary["stages"])] if block)
 
@@ -341,6 +313,19 @@ def _final_block(summary: Mapping) -> str:
 
 def _speedup_block(summary: Mapping) -> str:
     return f"Speed-up ({_first_test_set(summary)})\n  {speedup_sentence(summary)}"
+
+
+def _task_block(summary: Mapping) -> str:
+    """Task results of the last checkpoints, or "" where there are none."""
+    rows = task_rows(summary["arms"])
+    names = columns(rows.values())
+    if not names:
+        return ""
+    shown = [(tokens, arm or "warm-up", row) for (tokens, arm), row in rows.items()]
+    lines = [[arm, f"{tokens:,.0f}", *(row.get(name, Cell()).text for name in names)] for tokens, arm, row in shown]
+    sentences = [task_speedup_sentence(summary["arms"], CHOSEN, arm) for arm in summary["task_speedups"]]
+    table = align("Tasks, zero-shot, percent ± standard error", ["arm", "target tokens", *names], lines)
+    return "\n  ".join([table, *(text for text in sentences if text)])
 
 
 def _shares_block(field: str, content: Mapping, most: int) -> str:

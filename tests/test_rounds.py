@@ -34,11 +34,23 @@ def write_texts(path: Path, count: int, seed: int) -> None:
             file.write(json.dumps({"text": text, "domain": domain, "url": f"test://{number}"}) + "\n")
 
 
+def write_tasks(folder: Path) -> None:
+    """A choice task and a cloze task of ten items each."""
+    folder.mkdir()
+    generator = np.random.default_rng(4)
+    with open(folder / "next.choice.jsonl", "w") as choice, open(folder / "last.last_word.jsonl", "w") as cloze:
+        for number in range(10):
+            words = generator.choice(WORDS, 6, replace=False).tolist()
+            choice.write(json.dumps({"query": "the cat", "choices": words[:4], "answer": number % 4}) + "\n")
+            cloze.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     write_texts(folder / "pool.jsonl", 120, 1)
     write_texts(folder / "held.jsonl", 12, 2)
+    write_tasks(folder / "tasks")
     preprocess(
         PreprocessSettings(
             inputs=[str(folder / "pool.jsonl")],
@@ -80,6 +92,7 @@ def corpus(tmp_path_factory) -> Path:
             "eval_interval": 3,
             "optimizer": {"lr_warmup_iters": 2},
         },
+        "evaluation": {"tasks": ["next", "last"], "data_dir": str(folder / "tasks")},
         "checkpoint": {"save_interval": 2},
         "logging": {"log_interval": 1, "progress": "none", "tensorboard": False},
     }
@@ -146,6 +159,57 @@ def test_everything_promised_is_written(finished: Path) -> None:
     assert yaml.safe_load((finished / "config.yaml").read_text())["bilevel"]["upper_iters"] == 8
 
 
+def test_tasks_are_evaluated_after_the_warm_up_and_each_round(corpus: Path, finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    places = {"bliss": ["warmup", "bliss/round_01", "bliss/round_02"], "random": ["warmup", "random/round_01"]}
+    for arm, folders in places.items():
+        curves = summary["arms"][arm]["tasks"]
+        assert list(curves) == ["next", "last", "average"] and all(len(curve) == 3 for curve in curves.values())
+        for number, folder in enumerate(folders):
+            done = json.loads((finished / folder / "evaluate" / "done.json").read_text())
+            assert done["tasks"] == json.loads((finished / folder / "evaluate" / "results.json").read_text())
+            assert done["evaluation"]["tokens"] == (4 + 6 * number) * 4 * 32 == curves["average"][number][0]
+            for name, task in done["tasks"]["tasks"].items():
+                assert curves[name][number][1:] == [task["value"], task["stderr"]] and task["num_items"] == 10
+            assert (
+                (finished / folder / "evaluate" / "results.md").read_text().startswith("|  | next | last | average |")
+            )
+    assert summary["arms"]["bliss"]["tasks"]["next"][0] == summary["arms"]["random"]["tasks"]["next"][0]
+    assert {len(curve) for curve in summary["arms"]["bliss"]["perplexities"].values()} == {3}
+    assert summary["task_facts"]["tasks"]["next"]["num_items"] == 10 and "task_speedup" in summary
+    logged = [line for line in metric_lines(finished) if line["stage"] == "evaluate"]
+    assert [(line["arm"], line["round"], line["step"]) for line in logged] == [
+        ("shared", 0, 4), ("bliss", 1, 10), ("random", 1, 10), ("bliss", 2, 16), ("random", 2, 16),
+    ]  # fmt: skip
+    assert logged[1]["tasks/next"] == summary["arms"]["bliss"]["tasks"]["next"][1][1] and "tasks/average" in logged[1]
+    page = (finished / "report.html").read_text()
+    assert "next" in page and "Tasks, zero-shot" in page
+
+
+@pytest.mark.parametrize("place, options", [("bliss/round_02", ["2", "--arm", "bliss"]), ("warmup", ["0"])])
+def test_an_evaluation_alone_gives_the_same_results(corpus: Path, finished: Path, place: str, options: list) -> None:
+    folder = finished / place / "evaluate"
+    before = {name: (folder / name).read_bytes() for name in ("results.json", "results.md")}
+    (folder / "done.json").unlink()
+    result = run(corpus, finished, "--stage", "evaluate", "--round", *options)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "done.json").is_file() and before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_a_checkpoint_alone_gives_what_the_round_gave(finished: Path, tmp_path: Path) -> None:
+    (target,) = (finished / "bliss/round_02/pretrain").glob("step_*16")
+    for kind, path in (("target", target), ("proxy", finished / "warmup/proxy/final.pt")):
+        command = [sys.executable, str(ROOT / "tools/evaluate.py"), f"--{kind}", str(path), "--output", str(tmp_path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (tmp_path / "results.md").read_text()
+        if kind == "target":
+            expected = finished / "bliss/round_02/evaluate/results.json"
+            assert (tmp_path / "results.json").read_bytes() == expected.read_bytes()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {task["num_items"] for task in result["tasks"].values()} == {10}
+
+
 def test_rounds_use_disjoint_shards_and_the_best_fifth(corpus: Path, finished: Path) -> None:
     units = []
     for number in (1, 2):
@@ -190,6 +254,12 @@ def test_a_finished_run_is_not_run_again(corpus: Path, finished: Path) -> None:
     result = run(corpus, finished)
     assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("done.json")} == before
+
+
+def test_what_an_evaluation_lacks_is_said_before_anything_runs(corpus: Path, tmp_path: Path) -> None:
+    result = run(corpus, tmp_path / "new", "--evaluation.tasks", "[next,gone]")
+    assert result.returncode == 2 and "found no data file of task gone" in result.stderr
+    assert "tools/prepare_evaluation.py" in result.stderr and not (tmp_path / "new").exists()
 
 
 def test_other_options_in_an_old_run_folder_are_refused(corpus: Path, finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measure the parts of this package against named peers: benchmark.py bilevel|memory|pretrain|data [options].
+"""Measure the parts of this package against named peers: benchmark.py COMMAND [options].
 
 Prints a table, or with --json one JSON object; --output also writes the table to a Markdown file with date and machine.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this file's folder alone is on the path
 
 from megatron_bliss.files import atomic_file  # noqa: E402
-from tools.benchmarks import bilevel, data, memory, pretrain, table  # noqa: E402
+from tools.benchmarks import bilevel, data, evaluation, memory, pretrain, table  # noqa: E402
 
 COMMANDS = {
     "bilevel": (bilevel, table.markdown),
     "memory": (memory, memory.markdown),
+    "evaluation": (evaluation, evaluation.markdown),
     "pretrain": (pretrain, pretrain.markdown),
     "data": (data, data.markdown),
 }

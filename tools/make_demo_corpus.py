@@ -16,7 +16,8 @@ import random
 import sys
 from collections.abc import Iterable
 
-from megatron_bliss.data.demo import cloze, domains
+from megatron_bliss.data import cloze
+from megatron_bliss.data.demo import domains
 from megatron_bliss.data.demo.installation import InstallationText, read_installation
 from megatron_bliss.files import atomic_file
 

@@ -13,7 +13,8 @@ if [ "${1:-}" = --short ]; then
   corpus=(--megabytes 2)
   options=(--run_folder runs/quickstart-short --data.train_prefix $data/pool --data.validation_prefix $data/validation
     --data.test_prefixes "[$data/heldout,$data/cloze]" --proxy.warmup_iters 20 --bilevel.upper_iters 10
-    --pretraining.warmup_iters 10 --pretraining.train_iters 10 --pretraining.eval_interval 5 --evaluation.max_samples 64)
+    --pretraining.warmup_iters 10 --pretraining.train_iters 10 --pretraining.eval_interval 5 --evaluation.max_samples 64
+    --evaluation.data_dir $data/tasks --evaluation.limit 100)
 else
   corpus=()
 fi
@@ -38,6 +39,12 @@ if [ ! -f $data/done ]; then
   "$python" tools/prepare_validation.py --input $data/text/heldout_cloze.jsonl.gz --output-prefix $data/cloze \
     --tokenizer-model $data/tokenizer.json --label last-word --max-length 64
   touch $data/done
+fi
+
+if [ ! -f $data/tasks/prose.tasks.json ]; then
+  step "tasks from the held-out prose: a passage's last word, and which words come next"
+  "$python" tools/prepare_evaluation.py --from-text $data/text/heldout.jsonl.gz --output $data/tasks --name prose \
+    --kind cloze choice --min-words 12 --max-words 32
 fi
 
 step "warm-up, two rounds of [bilevel, score, select, pretrain, evaluate], two arms"

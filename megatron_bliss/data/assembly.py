@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from megatron_bliss.data.indexed import write_index
 from megatron_bliss.data.provenance import ROW_GROUP, ProvenanceWriter, WindowCutter
 from megatron_bliss.data.sources import write_rejects
-from megatron_bliss.files import publish
+from megatron_bliss.files import DigestWriter, publish
 
 COPY_BYTES = 1 << 22
 NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -127,7 +127,7 @@ class CorpusAssembler:
         return {
             "dtype": self.dtype.name,
             "counts": {"units": self.units, "tokens": self.tokens, **counts},
-            "index_sha256": self._write_index(),
+            **self._write_index(),
             "bin_bytes": size,
             "bin_sha256": self._digest.hexdigest(),
         }
@@ -137,15 +137,16 @@ class CorpusAssembler:
         if not self._rejects.closed:
             _close(self._rejects)
 
-    def _write_index(self) -> str:
+    def _write_index(self) -> dict[str, str | int]:
+        """Write the index; its digests."""
         self._lengths.close()
         lengths = np.memmap(self._name(".lengths"), "<i4", mode="r") if self.units else np.zeros(0, "<i4")
-        with open(self._name(".idx"), "w+b") as index:
-            write_index(index, self.dtype, lengths)
+        with open(self._name(".idx"), "wb") as index:
+            digests = DigestWriter(index)
+            write_index(digests, self.dtype, lengths)
             index.flush()
             os.fsync(index.fileno())
-            index.seek(0)
-            return hashlib.file_digest(index, "sha256").hexdigest()
+        return {"index_sha256": digests.sha256, "index_crc32": digests.crc32}
 
     def publish(self, prefix: str) -> None:
         """Give the files their final names."""

@@ -31,6 +31,7 @@ from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.target_layers import (
     LAYER_PARTS,
     VocabularyParallelCrossEntropy,
+    branch_mask,
     choose_transformer_impl,
     layer_spec,
 )
@@ -50,17 +51,27 @@ class TargetChunk(GPTModel):
         self.architecture = architecture
         self.real_vocab_size = architecture.vocab_size
 
-    def forward(self, tokens: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """tokens [b, s], labels [b, s] -> on the last stage fp32 losses [b, s]; else hidden states [s, b, w].
 
         Without labels the last stage, too, gives hidden states, after the final norm. Under sequence parallelism the
         hidden states are this rank's part of the sequence. Tokens are read by the first stage, labels by the last.
+
+        ``positions`` and ``branches`` (int64 [b, s], both or none) lay out rows in which several texts share their
+        beginning, branch 0: a token sees the tokens before it that are in branch 0 or in its own branch.
         """
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         seq_length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
-        hidden_states = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(seq_length)
-        )
+        rotary, attention_mask = self.rotary_pos_emb(seq_length), None
+        if positions is not None:
+            rotary, attention_mask = rotary[positions.t(), 0], branch_mask(branches)
+        hidden_states = self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=rotary)
         if not self.post_process or labels is None:
             return hidden_states
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -169,11 +180,11 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def forward_only(
     target: Target,
-    micro_batches: Sequence[tuple[Tensor, Tensor | None]],
+    micro_batches: Sequence[tuple[Tensor | None, ...]],
     collect: Callable[[Tensor, int], T],
     groups: Groups,
 ) -> list[T]:
-    """Run (tokens [b, s], labels [b, s] or None) through the pipeline; collective over a model-parallel group.
+    """Run micro-batches, the arguments of :meth:`TargetChunk.forward`; collective over a model-parallel group.
 
     All micro-batches must have one shape where there are several pipeline stages, and s must be a multiple of the
     tensor-parallel size under sequence parallelism. ``collect(output, i)`` is called on the last stage with the chunk's
@@ -187,8 +198,8 @@ def forward_only(
 
     def step(numbered: Iterator[int], chunk: TargetChunk):
         index = next(numbered)
-        tokens, labels = (None if tensor is None else tensor.to(groups.device) for tensor in micro_batches[index])
-        return chunk(tokens, labels), lambda output, non_loss_data: collect(output, index) if index < count else None
+        inputs = (None if tensor is None else tensor.to(groups.device) for tensor in micro_batches[index])
+        return chunk(*inputs), lambda output, non_loss_data: collect(output, index) if index < count else None
 
     numbers = [iter(range(len(micro_batches))) for _ in target]  # every chunk sees every micro-batch
     batch, seq_length = micro_batches[0][0].shape

@@ -63,13 +63,29 @@ class FusedCausalAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
         self.enable_gqa = config.num_query_groups != config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: object) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d].
+
+        A mask [b, 1, s, s], true where a query sees a key, stands in for the causal one.
+        """
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=self.enable_gqa
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=self.enable_gqa,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """int64 [b, s] -> bool [b, 1, s, s]: a token sees itself and what is before it in branch 0 or its own branch."""
+    causal = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool, device=branches.device).tril()
+    keys, queries = branches.unsqueeze(1), branches.unsqueeze(2)
+    return (((keys == 0) | (keys == queries)) & causal).unsqueeze(1)
 
 
 class UnreducedRowParallelLinear(RowParallelLinear):
@@ -92,10 +108,16 @@ class UnreducedRowParallelLinear(RowParallelLinear):
 class ParallelResidualLayer(TransformerLayer):
     """GPT-NeoX: x + attention(norm1(x)) + mlp(norm2(x)), with one sum over tensor-parallel ranks for both branches."""
 
-    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
         """[s, b, w] -> [s, b, w]; the second value is megatron-core's cross-attention context, unused here."""
         attention, attention_bias = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None, rotary_pos_emb=rotary_pos_emb
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
         )
         mlp, mlp_bias = self._mlp(self.pre_mlp_layernorm(hidden_states))
         reduce = (

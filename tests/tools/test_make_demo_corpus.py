@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bliss.data.demo import cloze, domains, installation
+from megatron_bliss.data import cloze
+from megatron_bliss.data.demo import domains, installation
 
 MODULES = (
     "argparse.py",

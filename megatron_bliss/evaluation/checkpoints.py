@@ -1,0 +1,103 @@
+"""Checkpoints outside of a run, as models for an evaluation: a target in its parallel layout, a proxy, an export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.api.model import LM
+
+from megatron_bliss import checkpoint
+from megatron_bliss.arguments import read_config
+from megatron_bliss.config import Config, TargetConfig
+from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.tokenizers import Tokenizer
+from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
+from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
+from megatron_bliss.files import read_json
+from megatron_bliss.models.presets import Architecture, resolve_architecture
+from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.parallel import Groups
+from megatron_bliss.pretraining import load_target
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What to evaluate and how: ``max_length`` None takes the run's sequence length, or an export's own."""
+
+    kind: str
+    path: Path
+    run: Path | None = None
+    tokenizer_model: str | None = None
+    max_length: int | None = None
+    batch_tokens: int = 16384
+
+    def config(self) -> Config | None:
+        """The config of the run that left the checkpoint; None for an export."""
+        return None if self.run is None else read_config(self.run / "config.yaml")
+
+    @property
+    def target(self) -> TargetConfig:
+        """Parallel layout that it needs."""
+        config = self.config()
+        return config.target if config is not None and self.kind == "target" else TargetConfig()
+
+
+def find_run(path: Path) -> Path:
+    """The run folder that a checkpoint lies in; ValueError where there is none above it."""
+    for folder in path.resolve().parents:
+        if (folder / "config.yaml").is_file() and (folder / "shards").is_dir():
+            return folder
+    raise ValueError(f"found no run folder above {path}, expected its config.yaml and shards: give --run")
+
+
+def load_model(wanted: Checkpoint, groups: Groups) -> LM:
+    """Collective: the model, ready for ``evaluate_tasks``."""
+    return MODELS[wanted.kind](wanted, groups)
+
+
+def _vocabulary(wanted: Checkpoint) -> tuple[Tokenizer, int]:
+    """The run's tokenizer and vocabulary size, by the manifests in its own folder."""
+    shards = wanted.run / "shards"
+    prefix = str(shards / read_json(shards / "done.json")["prefixes"][0])
+    tokenizer = load_evaluation_tokenizer(wanted.tokenizer_model, prefix)
+    return tokenizer, int(read_manifest(prefix)["tokenizer"]["vocab_size"])
+
+
+def _target(wanted: Checkpoint, groups: Groups) -> LM:
+    config = wanted.config()
+    tokenizer, vocab_size = _vocabulary(wanted)
+    architecture = resolve_architecture(config.target, vocab_size)
+    target = load_target(
+        wanted.path, target_config=config.target, architecture=architecture, groups=groups, platform=config.platform,
+        seq_length=config.data.seq_length,
+    )  # fmt: skip
+    max_length = wanted.max_length or config.data.seq_length
+    return TargetModel(target, groups, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens)
+
+
+def _proxy(wanted: Checkpoint, groups: Groups) -> LM:
+    config = wanted.config()
+    tokenizer, vocab_size = _vocabulary(wanted)
+    state = checkpoint.load_state(wanted.path)
+    if "proxy" not in state:
+        raise ValueError(f"found {', '.join(state)} in {wanted.path}, expected a proxy: give a final.pt of a run")
+    architecture: Architecture = resolve_architecture(config.proxy, vocab_size)
+    lm = build_lm(architecture, seed=0, device=groups.device)
+    lm.load_state_dict(state["proxy"])
+    max_length = wanted.max_length or config.data.seq_length
+    return ProxyModel(lm, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens, groups=groups)
+
+
+def _huggingface(wanted: Checkpoint, groups: Groups) -> LM:
+    return HuggingFaceModel(
+        wanted.path, max_length=wanted.max_length, batch_tokens=wanted.batch_tokens, groups=groups
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[Checkpoint, Groups], LM]] = {
+    "target": _target,
+    "proxy": _proxy,
+    "huggingface": _huggingface,
+}

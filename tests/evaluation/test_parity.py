@@ -1,0 +1,148 @@
+"""Every model of this package answers as lm-eval's own ``hf`` model does on the same weights, in every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from megatron_bliss.data.tokenizers import load_tokenizer
+from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel, evaluate_tasks
+from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout
+from megatron_bliss.models.huggingface import open_huggingface
+from megatron_bliss.models.transformer import build_lm
+from tests.evaluation import worlds
+from tests.evaluation.conftest import World, huggingface_reference
+from tests.targets import grouped, layout
+
+TOLERANCE = 1e-3
+TRAINED = ("neox_trained", "llama_trained")
+
+
+def assert_same_answers(found: list, expected: list, tolerance: float = TOLERANCE) -> None:
+    difference = np.abs(np.array([a[0] for a in found]) - np.array([a[0] for a in expected]))
+    assert len(found) == len(expected) and difference.max() < tolerance, difference.max()
+    assert [a[1] for a in found] == [a[1] for a in expected]
+
+
+def assert_same_results(found: dict, expected: dict) -> None:
+    """Every accuracy and its error the same, perplexity but for rounding."""
+    assert list(found["tasks"]) == list(expected["tasks"])
+    for name, task in found["tasks"].items():
+        other = expected["tasks"][name]
+        assert task["metrics"].keys() == other["metrics"].keys()
+        for metric, value in task["metrics"].items():
+            assert value == pytest.approx(other["metrics"][metric], rel=1e-3 if metric == "perplexity" else 0), name
+        assert (task["value"], task["num_items"], task["data"]) == (other["value"], other["num_items"], other["data"])
+    assert found["average"] == expected["average"] and found["average_tasks"] == expected["average_tasks"]
+
+
+def as_requests(pairs: list) -> list[Instance]:
+    """lm-eval's requests of (context, continuation)."""
+    return [Instance("loglikelihood", {}, tuple(pair), 0) for pair in pairs]
+
+
+def some_generations(count: int = 5) -> list[Instance]:
+    words, options = worlds.Words(3), {"until": ["\n", "e "], "max_gen_toks": 9}
+    texts = [words.text(1, 30) for _ in range(count)]
+    return [Instance("generate_until", {}, (text, options), 0) for text in texts]
+
+
+def some_texts() -> list[Instance]:
+    words = worlds.Words(4)
+    return [Instance("loglikelihood_rolling", {}, (words.text(1, 60),), 0) for _ in range(6)]
+
+
+def check_model(model, world: World, name: str) -> None:
+    assert_same_answers(model.loglikelihood(world.requests), world.answers[name])
+    found = evaluate_tasks(model, worlds.all_tasks(), world.data_dir, allow_unknown_data=True)
+    assert_same_results(found, world.documents[name])
+
+
+def test_there_is_something_to_get_wrong(world: World) -> None:
+    tokenizer = load_tokenizer("huggingface", world.models["neox_random"])
+    lengths = [len(tokens) for tokens in tokenizer.encode_batch([request.args[0] for request in world.requests])]
+    assert len(lengths) > 500 and max(lengths) > worlds.MAX_LENGTH > min(lengths)
+    random, trained = (world.documents[f"neox_{state}"]["tasks"]["cloze"]["metrics"] for state in ("random", "trained"))
+    assert trained["perplexity"] < random["perplexity"] / 10
+    for name in TRAINED:
+        assert 5 < sum(greedy for _, greedy in world.answers[name]) < 500
+        assert 0 < world.documents[name]["average"] < 1
+
+
+@pytest.mark.parametrize("name", worlds.MODELS)
+def test_target_in_one_process(world: World, name: str) -> None:
+    with grouped(layout()) as groups:
+        check_model(worlds.target_model(world.models[name], layout(), groups), world, name)
+
+
+def proxy(folder, groups=None) -> ProxyModel:
+    """A model folder's weights as a proxy."""
+    arch, files = open_huggingface(folder)
+    lm = build_lm(arch)
+    lm.load_state_dict(dict(converted(files, huggingface_layout(arch), proxy_layout(arch))))
+    tokenizer = load_tokenizer("huggingface", folder)
+    return ProxyModel(lm, tokenizer, max_length=worlds.MAX_LENGTH, batch_tokens=200, groups=groups)
+
+
+@pytest.mark.parametrize("name", worlds.MODELS)
+def test_proxy_and_export(world: World, name: str) -> None:
+    folder = world.models[name]
+    exported = HuggingFaceModel(folder, batch_tokens=200)
+    assert exported.max_length == worlds.MAX_LENGTH
+    assert_same_answers(exported.loglikelihood(world.requests), world.answers[name])
+    assert_same_answers(proxy(folder).loglikelihood(world.requests), world.answers[name])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_rolling_and_greedy_texts(world: World, name: str) -> None:
+    reference = huggingface_reference(world.models[name], batch_size=1)
+    with grouped(layout()) as groups:
+        model = worlds.target_model(world.models[name], layout(), groups)
+        rolling = model.loglikelihood_rolling(some_texts())
+        texts = model.generate_until(some_generations())
+    assert rolling == pytest.approx(reference.loglikelihood_rolling(some_texts(), disable_tqdm=True), abs=TOLERANCE)
+    assert texts == reference.generate_until(some_generations(), disable_tqdm=True)
+    assert len(set(texts)) > 1
+
+
+def test_spaces_and_empty_contexts(world: World) -> None:
+    pairs = [("", "aa bb"), ("", "<|endoftext|>aa bb"), ("aa bb ", "cc"), ("aa bb  ", " cc dd"), ("aa", "b cc")]
+    pairs += [("<|endoftext|>aa", " bb")]
+    requests = as_requests(pairs)
+    folder = world.models["neox_trained"]
+    with grouped(layout()) as groups:
+        found = worlds.target_model(folder, layout(), groups).loglikelihood(requests)
+    # One by one: lm-eval 0.4.13 mixes up requests that are one text cut at different places.
+    reference = huggingface_reference(folder)
+    expected = [reference.loglikelihood([request], disable_tqdm=True)[0] for request in requests]
+    assert_same_answers(found, expected)
+    assert abs(found[0][0] - found[-1][0]) > 1e-2
+
+
+def test_add_bos(world: World) -> None:
+    """A tokenizer that puts a first token before every text, as LLaMA's does."""
+    from lm_eval.models.huggingface import HFLM
+
+    pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>aa", " bb")]
+    requests = as_requests(pairs) + world.requests[::7]
+    folder = world.models["llama_trained"]
+    reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
+    plain = reference.tokenizer.encode
+    reference.tokenizer.encode = lambda text, add_special_tokens=True: [0] * add_special_tokens + plain(text)
+    with grouped(layout()) as groups:
+        found = worlds.target_model(folder, layout(), groups, add_bos=True).loglikelihood(requests)
+        without = worlds.target_model(folder, layout(), groups).loglikelihood(requests[:1])
+    assert_same_answers(found, reference.loglikelihood(requests, disable_tqdm=True))
+    assert abs(found[0][0] - without[0][0]) > 1e-2
+
+
+def test_bf16_stays_near(world: World) -> None:
+    tokenizer = load_tokenizer("huggingface", world.models["neox_trained"])
+    with grouped(layout()) as groups:
+        target = worlds.load_target(world.models["neox_trained"], layout(), groups, torch.bfloat16)
+        model = TargetModel(target, groups, tokenizer, max_length=worlds.MAX_LENGTH, batch_tokens=200)
+        found = model.loglikelihood(world.requests[:40])
+    error = [abs(a[0] - b[0]) for a, b in zip(found, world.answers["neox_trained"], strict=False)]
+    assert 1e-6 < max(error) < 1.0
