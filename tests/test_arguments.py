@@ -60,7 +60,8 @@ def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Pa
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_every_example_file_is_understood(path: Path, options: list[str]) -> None:
-    config = parse_arguments(["--config", str(path), *[o for o in options if o.startswith(("--data", "--run"))]])
+    options = [option for option in options if option.startswith(("--data", "--run"))]
+    config = parse_arguments(["--config", str(path), *options, "--evaluation.tasks=[]"])  # their data are not made yet
     assert config.rounds >= 1 and config.data.seq_length > 0
 
 
