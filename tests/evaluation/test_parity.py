@@ -125,7 +125,7 @@ def test_add_bos(world: World) -> None:
     """A tokenizer that puts a first token before every text, as LLaMA's does."""
     from lm_eval.models.huggingface import HFLM
 
-    pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>aa", " bb")]
+    pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>cc", " dd")]
     requests = as_requests(pairs) + world.requests[::7]
     folder = world.models["llama_trained"]
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)

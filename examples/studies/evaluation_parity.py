@@ -1,0 +1,294 @@
+"""Does the target's evaluation give lm-eval's own numbers? The ten tasks, on small models, in every layout.
+
+    python examples/studies/evaluation_parity.py --data-dir evaluation-data --tokenizer-model tokenizer.json \
+        --text 'documents/*.jsonl.gz' --output docs/results/evaluation.md
+
+For GPT-NeoX and LLaMA, random and trained for some steps on the given text, a Hugging Face folder is written and scored
+by lm-eval's ``hf`` backend on the CPU in fp32; then the target loads the same weights under each layout. Reported: the
+largest difference of a request's log-likelihood, requests whose greedy answer differs, items whose accuracy differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when run as a script
+
+from megatron_bliss import parallel  # noqa: E402
+from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig  # noqa: E402
+from megatron_bliss.data.tokenizers import load_tokenizer  # noqa: E402
+from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks  # noqa: E402
+from megatron_bliss.files import atomic_file, read_json, write_json  # noqa: E402
+from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout, reader, target_layout  # noqa: E402
+from megatron_bliss.models.huggingface import config_json, open_huggingface, write_weights  # noqa: E402
+from megatron_bliss.models.target import build_target  # noqa: E402
+from megatron_bliss.models.target_weights import load_full_weights  # noqa: E402
+from megatron_bliss.models.transformer import LanguageModel, build_lm  # noqa: E402
+from tools.benchmarks.measure import machine  # noqa: E402
+
+LAYOUTS = {"TP 1": (1, 1, 1), "TP 2": (2, 1, 2), "PP 2": (1, 2, 2), "TP 2 x PP 2": (2, 2, 4), "DP 2": (1, 1, 2)}
+"""Name -> (tensor, pipeline, processes)."""
+FAMILIES = {"gpt_neox": "GPT-NeoX", "llama": "LLaMA"}
+MAX_LENGTH = 1024
+
+
+def make_model(folder: Path, family: str, steps: int, options: argparse.Namespace) -> None:
+    """A model folder as transformers reads it, its weights trained for ``steps`` steps."""
+    tokenizer = load_tokenizer("huggingface", options.tokenizer_model)
+    config = ModelConfig(
+        architecture=family,
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.num_attention_heads,
+        num_query_groups=options.num_attention_heads // (2 if family == "llama" else 1),
+    )
+    lm = build_lm(config, vocab_size=tokenizer.vocab_size, seed=1)
+    train(lm, token_batches(options, tokenizer), steps)
+    arch, folder_json = lm.architecture, folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    named = dict(lm.named_parameters())
+    exported = converted(lambda name: named[name].detach(), proxy_layout(arch), huggingface_layout(arch))
+    write_weights(folder, exported)
+    write_json(folder_json, config_json(arch, torch.float32, MAX_LENGTH, tokenizer.eod))
+    (folder / "tokenizer.json").write_bytes(Path(options.tokenizer_model).read_bytes())
+    end = tokenizer.decode([tokenizer.eod])
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    write_json(folder / "tokenizer_config.json", described)
+
+
+def token_batches(options: argparse.Namespace, tokenizer) -> Iterator[torch.Tensor]:
+    """Batches [8, 129] of running text."""
+    kept: list[int] = []
+    for path in sorted(glob.glob(options.text)):
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as stream:
+            for line in stream:
+                kept += [*tokenizer.encode_batch([json.loads(line)["text"]])[0], tokenizer.eod]
+                while len(kept) >= 8 * 129:
+                    yield torch.tensor(kept[: 8 * 129]).view(8, 129)
+                    kept = kept[8 * 129 :]
+
+
+def train(lm: LanguageModel, batches: Iterator[torch.Tensor], steps: int) -> None:
+    """Plain AdamW; ValueError where the text is too short."""
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3)
+    for _ in range(steps):
+        tokens = next(batches, None)
+        if tokens is None:
+            raise ValueError("found too little text for --train-steps, expected 1,032 tokens a step: change --text")
+        logits = lm.hidden_states(tokens[:, :-1]) @ lm.output_weight.t()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def recorded(model, options: argparse.Namespace, groups=None) -> dict:
+    """Evaluate; the document, the answers to all requests and the seconds that the requests took."""
+    found: dict = {"answers": [], "seconds": 0.0}
+    ask: Callable = model.loglikelihood
+
+    def asking(requests: list, **_: object) -> list:
+        start = time.perf_counter()
+        answers = ask(requests, disable_tqdm=True)
+        found["seconds"] += time.perf_counter() - start
+        found["answers"] += answers
+        return answers
+
+    model.loglikelihood = asking
+    found["document"] = evaluate_tasks(
+        model,
+        options.tasks.split(","),
+        options.data_dir,
+        limit=options.limit,
+        groups=groups,
+        show_progress=True,
+        allow_unknown_data=True,
+    )
+    return found
+
+
+def write_found(path: str, found: dict) -> None:
+    """Answers as an array, the rest as JSON."""
+    np.save(f"{path}.npy", np.array(found.pop("answers"), dtype=np.float64))
+    write_json(f"{path}.json", found)
+
+
+def score_reference(options: argparse.Namespace) -> None:
+    """In a process of its own: lm-eval's ``hf`` backend."""
+    import logging
+
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = HFLM(pretrained=options.model, device="cpu", dtype="float32", batch_size=options.batch_size)
+    write_found(options.found, recorded(model, options))
+
+
+def score_layout(options: argparse.Namespace) -> None:
+    """In every process of a layout: the target."""
+    tensor, pipeline, _ = LAYOUTS[options.layout]
+    config = TargetConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    groups = parallel.initialize(PlatformConfig(device="cpu"), config, seed=1)
+    try:
+        arch, files = open_huggingface(options.model)
+        target = build_target(config, arch, groups, seq_length=MAX_LENGTH, params_dtype=torch.float32, seed=2)
+        load_full_weights(target, reader(files, huggingface_layout(arch), target_layout(arch)), groups)
+        tokenizer = load_tokenizer("huggingface", options.model)
+        batch_tokens = options.batch_size * MAX_LENGTH // 2
+        model = TargetModel(target, groups, tokenizer, max_length=MAX_LENGTH, batch_tokens=batch_tokens)
+        found = recorded(model, options, groups)
+        if groups.is_main:
+            write_found(options.found, found)
+    finally:
+        parallel.destroy()
+
+
+def run_part(options: argparse.Namespace, model: Path, layout: str | None, found: Path) -> dict:
+    """One measurement in new processes; torchrun starts those of a layout."""
+    mine = [os.path.abspath(__file__), "--model", str(model), "--found", str(found)]
+    for name in ("data_dir", "tasks", "batch_size"):
+        mine += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.limit:
+        mine += ["--limit", str(options.limit)]
+    start = [sys.executable]
+    if layout is not None:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(LAYOUTS[layout][2])]
+        mine += ["--layout", layout]
+    subprocess.run([*start, *mine], check=True)
+    return read_json(f"{found}.json") | {"answers": np.load(f"{found}.npy")}
+
+
+def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
+    """One row of the table; ValueError where the two did not answer the same requests."""
+    ours, theirs = found["answers"], expected["answers"]
+    if ours.shape != theirs.shape:
+        raise ValueError(f"found {len(ours)} answers of {name} in {layout}, expected {len(theirs)}")
+    tasks, reference = found["document"]["tasks"], expected["document"]["tasks"]
+    accuracies = [
+        (task, metric) for task in tasks for metric in ("acc", "acc_norm") if metric in tasks[task]["metrics"]
+    ]
+    return {
+        "model": name,
+        "layout": layout,
+        "requests": len(ours),
+        "largest_difference": float(np.abs(ours[:, 0] - theirs[:, 0]).max()),
+        "greedy_differs": int((ours[:, 1] != theirs[:, 1]).sum()),
+        "different_accuracies": [
+            f"{t} {m}" for t, m in accuracies if tasks[t]["metrics"][m] != reference[t]["metrics"][m]
+        ],
+        "accuracies": len(accuracies),
+        "seconds": found["seconds"],
+        "reference_seconds": expected["seconds"],
+    }
+
+
+def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Namespace) -> str:
+    """The page."""
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine(torch.device("cpu")).items())
+    items = f"the first {options.limit} items of each task" if options.limit else "all items"
+    lines = [
+        "# Evaluation against lm-eval's hf backend",
+        f"\n{described}, lm-eval {next(iter(documents.values()))['lm_eval_version']}.\n",
+        f"{options.num_layers} layers x {options.hidden_size}, the vocabulary of the GPT-NeoX tokenizer, fp32; trained:"
+        f" {options.train_steps} steps of 1,024 tokens. {items.capitalize()}. Difference: largest of any request's"
+        " log-likelihood (nats).\n",
+        "| model | layout | requests | difference | greedy differs | accuracies that differ | seconds | hf's seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        differing = len(row["different_accuracies"])
+        named = f" ({', '.join(row['different_accuracies'])})" if differing else ""
+        lines.append(
+            f"| {row['model']} | {row['layout']} | {row['requests']:,} | {row['largest_difference']:.1e} |"
+            f" {row['greedy_differs']} | {differing} of {row['accuracies']}{named} | {row['seconds']:.0f} |"
+            f" {row['reference_seconds']:.0f} |"
+        )
+    lines += ["", "What lm-eval's backend found (value of acc_norm where the task has it, else acc):", ""]
+    lines += ["| task | items | " + " | ".join(documents) + " |", "| --- | ---: |" + " ---: |" * len(documents)]
+    for task in next(iter(documents.values()))["tasks"]:
+        cells = [document["tasks"][task] for document in documents.values()]
+        values = " | ".join(f"{100 * cell['value']:.1f} ± {100 * cell['stderr']:.1f}" for cell in cells)
+        lines.append(f"| {task} | {cells[0]['num_items']:,} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def study(options: argparse.Namespace) -> str:
+    """All models and layouts; returns the page."""
+    rows, documents = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for family, title in FAMILIES.items():
+            for state, steps in (("random", 0), ("trained", options.train_steps)):
+                name, model = f"{title}, {state}", Path(folder) / f"{family}-{state}"
+                make_model(model, family, steps, options)
+                expected = run_part(options, model, None, Path(folder) / "reference")
+                documents[name] = expected["document"]
+                for layout in options.layouts.split(","):
+                    found = run_part(options, model, layout, Path(folder) / "found")
+                    rows.append(compare(name, layout, found, expected))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    return markdown(rows, documents, options)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", required=True, help="local files of the tasks")
+    add("--tokenizer-model", help="tokenizer.json")
+    add("--text", help="JSON lines with a text field to train on, a pattern")
+    add("--tasks", default=",".join(TASK_NAMES), help="comma-separated")
+    add("--limit", type=int, help="items of each task (default: all)")
+    add("--layouts", default=",".join(LAYOUTS), help="comma-separated")
+    add("--num-layers", type=int, default=4, help="of the models")
+    add("--hidden-size", type=int, default=64, help="of the models")
+    add("--num-attention-heads", type=int, default=4, help="of the models")
+    add("--train-steps", type=int, default=100, help="of the trained models")
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="requests in a batch of lm-eval's backend; the target: its half x 1,024",
+    )
+    add("--output", help="Markdown file to write; the page is printed in any case")
+    for name in ("--model", "--layout", "--found"):
+        add(name, help=argparse.SUPPRESS)  # of the processes that this one starts
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study, or the part that one of its processes has; returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        if options.model:
+            (score_layout if options.layout else score_reference)(options)
+            return 0
+        if not options.tokenizer_model or not options.text:
+            raise ValueError("found no --tokenizer-model or no --text, expected both")
+        page = study(options)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"evaluation_parity: {error}", file=sys.stderr)
+        return 1
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(options.output, "w") as stream:
+            stream.write(page)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
