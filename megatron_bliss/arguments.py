@@ -13,6 +13,7 @@ from megatron_bliss.baselines import BASELINES
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
+from megatron_bliss.data.splits import check_corpora
 from megatron_bliss.data.subset import require_field
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
@@ -153,10 +154,13 @@ def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
-    prefixes = {"data.train_prefix": config.data.train_prefix, "data.validation_prefix": config.data.validation_prefix}
-    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(config.data.test_prefixes)}
-    if not config.data.test_prefixes:
-        raise ValueError("found no data.test_prefixes, expected at least one held-out set to measure the arms on")
+    data = config.data
+    check_corpora(data)
+    prefixes = {"data.train_prefix": data.train_prefix}
+    if data.validation_prefix:
+        prefixes["data.validation_prefix"] = data.validation_prefix
+    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
+    prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
     for name, prefix in prefixes.items():
         if not prefix or not Path(f"{prefix}.idx").is_file():
             raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")

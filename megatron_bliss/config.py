@@ -34,6 +34,13 @@ class DataConfig:
     """Validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
     test_prefixes: list[str] = field(default_factory=list)
     """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
+    split: str = "1,0,0"
+    """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the validation set where
+    validation_prefix is empty, the held-out set where test_prefixes is empty; such as 949,50,1."""
+    blend_prefixes: list[str] = field(default_factory=list)
+    """Other corpora that the target trains on beside the warm-up's shard and every selection."""
+    blend_weights: list[float] = field(default_factory=list)
+    """Share of the target's sequences from each of blend_prefixes; the selection has the rest."""
     seq_length: int = 1024
     """Tokens per sample of the target; longer units are cut for the proxy and the score model."""
     shard_by: Literal["random", "range", "file"] = "random"

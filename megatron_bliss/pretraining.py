@@ -82,6 +82,7 @@ def train_segment(
     stage: str = "pretrain",
     progress: bool = False,
     num_workers: int = 0,
+    blend: Sequence[tuple[str, float]] = (),
     init_seed: int | None = None,
     keep: int = 2,
     async_save: bool = False,
@@ -118,6 +119,7 @@ def train_segment(
         seed=seed,
         cache_folder=Path(folder) / "data_cache",
         num_workers=num_workers,
+        blend=blend,
     )
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start, pretrained)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_bliss import stages
+from megatron_bliss import run_corpora, stages
 from megatron_bliss.arguments import arm_names
 from megatron_bliss.config import Config
 from megatron_bliss.files import write_json
@@ -54,7 +54,7 @@ def run(config: Config, groups: Groups) -> None:
 def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     """Every stage of the run as (folder, work), in order; only the ones that ``--stage`` names when it is given."""
     config, folder = session.config, session.folder
-    yield folder.path / "shards", lambda path: stages.make_shards(session, path)
+    yield folder.path / "shards", lambda path: run_corpora.make_shards(session, path)
     if config.stage in (None, "warmup"):
         yield folder.stage_folder("shared", 0, "target"), lambda path: stages.warm_up_target(session, path)
         if config.pretraining.decay_branch_iters:

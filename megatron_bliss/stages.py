@@ -21,11 +21,11 @@ from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.choosing import choose_units, repetition_warnings
-from megatron_bliss.data.batches import Batch, UnitDataset, ValidationSet
-from megatron_bliss.data.compare import shares_of
+from megatron_bliss.data.batches import Batch, UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
-from megatron_bliss.data.subset import provenance_codes, write_subset
+from megatron_bliss.data.splits import blend
+from megatron_bliss.data.subset import write_subset
 from megatron_bliss.decay_branch import STAGE as DECAY_BRANCH
 from megatron_bliss.decay_branch import train_decay_branch
 from megatron_bliss.files import read_json, sha256_file, write_json
@@ -36,47 +36,12 @@ from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
 from megatron_bliss.pretrained import load_pretrained_proxy
 from megatron_bliss.pretraining import evaluate_loss, load_target, train_segment
+from megatron_bliss.run_corpora import guiding_prefix, held_out_prefixes, shard_prefix, shares_by_field
 from megatron_bliss.scoring import gather_scores, save_array, score_units
-from megatron_bliss.selection import shards
 from megatron_bliss.session import Session, derive_seed
 
-PROVENANCE_FIELDS = ("domain", "format", "label")
-"""Columns of the provenance by which selections are described."""
 FINAL_STATE = "final.pt"
 """Where a stage that trains proxy and score model leaves them."""
-
-
-# -- shards -----------------------------------------------------------------------------------------------------------
-
-
-def make_shards(session: Session, folder: Path) -> dict:
-    """Deal the corpus to rounds + 1 disjoint index views; the first is for the warm-up."""
-    config, prefixes = session.config, []
-    with failing_together(session.groups):
-        if session.groups.is_main:
-            prefix, count = config.data.train_prefix, config.rounds + 1
-            num_units = read_manifest(prefix)["counts"]["units"]
-            seed = derive_seed(config.seed, "shards")
-            files = provenance_codes(prefix, "file")[0] if config.data.shard_by == "file" else None
-            parts = shards(num_units, count, by=config.data.shard_by, seed=seed, files=files)
-            for number, ids in enumerate(parts):
-                policy = {"name": "shard", "number": number, "of": count, "by": config.data.shard_by, "seed": seed}
-                prefixes.append(write_subset(prefix, ids, folder, label=f"shard{number}", policy=policy))
-    names = [Path(prefix).name for prefix in prefixes]
-    return {"prefixes": names, "domains": _shares_by_field(config.data.train_prefix)}
-
-
-def _shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
-    """{provenance field: {value: share of units}} of a corpus; empty where it does not know its sources."""
-    shares = {field: shares_of(prefix, field) for field in PROVENANCE_FIELDS}
-    return {field: share for field, share in shares.items() if share}
-
-
-def shard_prefix(session: Session, round_number: int) -> str:
-    """The shard of a round (0: the warm-up's)."""
-    folder = session.folder.path / "shards"
-    record = session.folder.require(folder, "any other stage")
-    return str(folder / record["prefixes"][round_number])
 
 
 # -- warm-up ----------------------------------------------------------------------------------------------------------
@@ -112,7 +77,7 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     score_model = _start_score_model(session, arm, round_number, proxy)
     teacher = _teacher(session, arm, round_number) if config.bilevel.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, round_number), config.data.seq_length)
-    validation = ValidationSet(config.data.validation_prefix, config.data.seq_length)
+    validation = open_labelled(guiding_prefix(session), config.data.seq_length)
     trainer = BilevelTrainer(
         config.bilevel,
         proxy,
@@ -209,7 +174,7 @@ def select_units(session: Session, folder: Path, arm: str, round_number: int) ->
         "prefix": Path(selected).name,
         "units": counts["units"],
         "tokens": counts["tokens"],
-        "domains": _shares_by_field(selected),
+        "domains": shares_by_field(selected),
         "warnings": warnings,
         "flops": 0.0,
     }
@@ -323,6 +288,7 @@ def _segment_options(session: Session, folder: Path, arm: str, round_number: int
         "round": round_number,
         "progress": session.show_progress,
         "num_workers": config.data.num_workers,
+        "blend": blend(config.data),
         "init_seed": derive_seed(config.seed, "target"),
         "device_peak_tflops": config.logging.device_peak_tflops,
     }
@@ -351,8 +317,8 @@ def _load_target(session: Session, path: Path) -> Target:
 
 def _test_losses(session: Session) -> Callable[[Target], dict[str, float]]:
     """A function target -> {test set: mean loss over labelled tokens}."""
-    config, groups = session.config, session.groups
-    sets = {Path(prefix).name: _test_batches(session, prefix) for prefix in config.data.test_prefixes}
+    groups = session.groups
+    sets = {Path(prefix).name: _test_batches(session, prefix) for prefix in held_out_prefixes(session)}
 
     def losses(target: Target) -> dict[str, float]:
         return {name: evaluate_loss(target, batches, groups) for name, batches in sets.items()}
@@ -361,7 +327,7 @@ def _test_losses(session: Session) -> Callable[[Target], dict[str, float]]:
 
 
 def _test_batches(session: Session, prefix: str) -> list[Batch]:
-    source = ValidationSet(prefix, session.config.data.seq_length)
+    source = open_labelled(prefix, session.config.data.seq_length)
     limit, size = session.config.evaluation.max_samples or len(source), session.config.evaluation.micro_batch_size
     count = min(limit, len(source))
     return [source.batch(np.arange(start, min(start + size, count))) for start in range(0, count, size)]

@@ -154,7 +154,7 @@ def _shares(prefix: str, blend: Sequence[tuple[str, float]]) -> dict[str, float]
         described = ", ".join(f"{other} {share:g}" for other, share in blend)
         raise ValueError(
             f"found a blend of {described}, expected different prefixes with positive shares that leave some of the "
-            f"sequences to {prefix}: change pretraining.blend_prefixes or pretraining.blend_weights"
+            f"sequences to {prefix}: change data.blend_prefixes or data.blend_weights"
         )
     return {prefix: rest, **dict(blend)}
 

@@ -1,0 +1,56 @@
+"""Parts of a corpus by ``data.split``, and corpora that are blended in: what the options say, and whether it can work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_bliss.config import DataConfig
+
+PARTS = ("train", "validation", "test")
+"""What ``data.split`` divides a corpus into."""
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of train, validation and test of a split such as "949,50,1" (of any sum); ValueError where it is none."""
+    try:
+        numbers = [float(number) for number in split.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(PARTS) or not all(0 <= number < float("inf") for number in numbers) or not numbers[0]:
+        raise ValueError(
+            f"found data.split {split!r}, expected three numbers for train, validation and test of which the first is "
+            "above 0, such as 949,50,1"
+        )
+    total = sum(numbers)
+    return tuple(number / total for number in numbers)
+
+
+def split_bounds(num_units: int, shares: Sequence[float]) -> list[int]:
+    """Where each part of a corpus ends, in index order: units [0, b0), [b0, b1), [b1, num_units)."""
+    return [round(num_units * sum(shares[: number + 1])) for number in range(len(shares) - 1)] + [num_units]
+
+
+def blend(data: DataConfig) -> list[tuple[str, float]]:
+    """Corpora that the target trains on beside every selection, and each one's share of the sequences."""
+    return list(zip(data.blend_prefixes, data.blend_weights, strict=True))
+
+
+def check_corpora(data: DataConfig) -> None:
+    """ValueError where the run would lack a set, or where a blend leaves nothing to the selection."""
+    _, validation, test = parse_split(data.split)
+    if not data.validation_prefix and not validation:
+        raise ValueError(
+            "found no data.validation_prefix, expected the set that guides the selection: set it, or give the "
+            "corpus's own part by data.split, such as 949,50,1"
+        )
+    if not data.test_prefixes and not test:
+        raise ValueError(
+            "found no data.test_prefixes, expected at least one held-out set to measure the arms on: set it, or give "
+            "the corpus's own part by data.split, such as 949,50,1"
+        )
+    weights = data.blend_weights
+    if len(weights) != len(data.blend_prefixes) or any(weight <= 0 for weight in weights) or sum(weights) >= 1:
+        raise ValueError(
+            f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one "
+            "above 0 for each, with a sum below 1 that leaves the rest of the sequences to the selection"
+        )
