@@ -305,10 +305,13 @@ def squared_norm(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type != "cpu":
         return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-    return torch.nn.utils.get_total_norm(tensor.flatten().split(NORM_PIECE)).double().square()
+    flat = tensor.flatten()
+    whole = flat.numel() // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_PIECE), dim=1)
+    return torch.cat((pieces, flat[whole:].norm().view(1))).double().square().sum()
 
 
-NORM_PIECE = 2**14
+NORM_PIECE = 2**12
 
 
 def kernel_name(optimizer: torch.optim.Optimizer) -> str:
