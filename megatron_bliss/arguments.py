@@ -127,6 +127,10 @@ def _check_sizes(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"found {name} {value}, expected 1 or more")
+    branch = config.pretraining.decay_branch_iters
+    if branch < 0 or (config.stage == "decay_branch" and not branch):
+        expected = "1 or more for --stage decay_branch" if branch == 0 else "0 or more"
+        raise ValueError(f"found pretraining.decay_branch_iters {branch}, expected {expected}")
     check_selection(config.selection)
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:

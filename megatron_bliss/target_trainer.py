@@ -277,9 +277,9 @@ def squared_norm(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
     flat = tensor.flatten()
-    whole = len(flat) // NORM_PIECE * NORM_PIECE
-    pieces, rest = flat[:whole].view(-1, NORM_PIECE), flat[whole:]
-    return sum(torch.linalg.vector_norm(part, dim=-1).double().square().sum() for part in (pieces, rest))
+    whole = flat.numel() // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_PIECE), dim=1)
+    return torch.cat((pieces, flat[whole:].norm().view(1))).double().square().sum()
 
 
 NORM_PIECE = 2**12

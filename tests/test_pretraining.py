@@ -224,9 +224,9 @@ def test_a_gradients_norm_does_not_depend_on_its_size():
     gradient[::100_000] = 1000.0
     exact = gradient.double().square().sum().item()
     assert squared_norm(gradient).dtype == torch.float64
-    assert squared_norm(gradient).item() == pytest.approx(exact, rel=3e-6)
+    assert squared_norm(gradient).item() == pytest.approx(exact, rel=5e-6)
     assert squared_norm(gradient.view(-1, 1)[: 2 * 10**6].view(1000, -1).t()).item() == pytest.approx(
-        gradient[: 2 * 10**6].double().square().sum().item(), rel=3e-6
+        gradient[: 2 * 10**6].double().square().sum().item(), rel=5e-6
     )
     gradient[-1] = torch.nan
     assert math.isnan(squared_norm(gradient).item())

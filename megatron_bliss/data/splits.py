@@ -1,4 +1,4 @@
-"""Parts of a corpus by ``data.split``, and corpora that are blended in: what the options say, and whether it can work."""
+"""Parts of a corpus by ``data.split``, and corpora blended in: what the options say, and whether it can work."""
 
 from __future__ import annotations
 
