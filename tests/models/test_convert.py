@@ -39,6 +39,7 @@ CASES = {
 }
 ARCHITECTURES = pytest.mark.parametrize("arch", CASES.values(), ids=CASES.keys())
 LAYOUTS = [(layout(2, 2, sequence_parallel), arch) for sequence_parallel in (False, True) for arch in (NEOX, LLAMA)]
+LAYOUTS.append((replace(layout(2, 2), virtual_pipeline_model_parallel_size=2), replace(NEOX, num_layers=4)))
 
 
 def some_tokens() -> torch.Tensor:
