@@ -17,7 +17,7 @@ import numpy as np
 from megatron_bliss.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 
 CHECKED_SHARE = 1e-3  # of the text is encoded twice; the tokenizers library is about 25 times slower
-CHECKED_LENGTH = 1 << 13  # characters of a document that is encoded twice, unless all are longer
+CHECKED_LENGTH = 1 << 13  # characters of a document that is encoded twice; of longer ones the beginning, by itself
 GROWTH_LIMIT = 256 << 20  # bytes; GigaToken's cache of words grows without bound, so it is made anew
 PROBES = (
     "The quick brown fox, it's said, jumped 1234567 times over the lazy dogs' bed.",
@@ -83,7 +83,7 @@ class GigaTokenEncoder:
             return self._own.encode(texts)
         try:
             tokens, lengths = self._encode(texts)
-            found = self._differs([*texts], tokens, lengths, _sample(texts))
+            found = self._check(texts, tokens, lengths)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in Rust is no Exception
@@ -102,8 +102,16 @@ class GigaTokenEncoder:
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
+    def _check(self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray) -> str | None:
+        """What is wrong with the tokens, if anything was found."""
+        chosen = _sample(texts)
+        if chosen or not texts:
+            return self._differs(texts, tokens, lengths, chosen)
+        beginning = [texts[0][:CHECKED_LENGTH]]  # the tokenizers library takes 200 times a text's size in memory
+        return self._differs(beginning, *self._encode(beginning)) or self._differs(texts, tokens, lengths, [])
+
     def _differs(
-        self, texts: list[str], tokens: np.ndarray, lengths: np.ndarray, chosen: Sequence[int] | None = None
+        self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, chosen: Sequence[int] | None = None
     ) -> str | None:
         chosen = range(len(texts)) if chosen is None else chosen
         if len(lengths) != len(texts) or int(lengths.sum()) != len(tokens):
@@ -138,20 +146,17 @@ def make_encoder(tokenizer: Tokenizer, backend: str = "auto") -> OwnEncoder | Gi
 
 
 def _sample(texts: Sequence[str]) -> list[int]:
-    """Places of the documents to encode twice: any, but one that is not all ASCII first, up to their share of text."""
-    if not texts:
-        return []
+    """Places of the short documents to encode twice: one that is not all ASCII first, up to their share of text."""
     total = sum(map(len, texts))
     order = random.Random(total).sample(range(len(texts)), min(len(texts), 256))
-    short = [index for index in order if len(texts[index]) <= CHECKED_LENGTH] or order[:1]
-    foreign = next((index for index in short if not texts[index].isascii()), short[0])
-    chosen, left = [foreign], CHECKED_SHARE * total - len(texts[foreign])
-    for index in short:
-        if left <= 0:
+    short = [index for index in order if len(texts[index]) <= CHECKED_LENGTH]
+    short.sort(key=lambda index: texts[index].isascii())
+    left, chosen = CHECKED_SHARE * total, []
+    for index in short[:1] + sorted(short[1:]):
+        if chosen and left <= 0:
             break
-        if index != foreign:
-            chosen.append(index)
-            left -= len(texts[index])
+        chosen.append(index)
+        left -= len(texts[index])
     return chosen
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_bliss.data.streams import ByteStream, DamagedSource
 
-MAX_LINE_BYTES = 128 << 20  # parsed and tokenised, a line takes several times its size in memory
+MAX_LINE_BYTES = 32 << 20  # parsed and tokenised, a line takes several times its size in memory
 UTF8_MARK = b"\xef\xbb\xbf"
 
 

@@ -67,9 +67,7 @@ class ParquetReader:
             rows = self._file.metadata.row_group(group).num_rows
             end = row + rows
             try:
-                for batch in self._file.iter_batches(
-                    self._batch_rows(group), row_groups=[group], columns=self._columns
-                ):
+                for batch in self._batches(group):
                     yield row_documents(_rows(batch), row, self.keys), len(batch)
                     row += len(batch)
             except DAMAGE as error:

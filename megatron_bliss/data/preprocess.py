@@ -192,7 +192,7 @@ class _Run:
             done[summary.source][summary.piece] = summary
             if summary.last:
                 schedule.ended(summary.source, summary.piece + 1)
-            self._warn(warning)
+            self.warn(warning)
             self.order.append(done)
             yield summary
 
@@ -211,7 +211,8 @@ class _Run:
             for source, state in enumerate(self.states)
         ]
 
-    def _warn(self, warning: str | None) -> None:
+    def warn(self, warning: str | None) -> None:
+        """Say something once."""
         if warning and warning not in self.warnings:
             self.warnings.add(warning)
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -241,7 +242,7 @@ class _InOrder:
             self._lines += summary.lines
             self._piece += 1
             if summary.last:
-                self._run._warn(summary.damage and f"{self._run.files[self._source]}: {summary.damage}")
+                self._run.warn(summary.damage and f"{self._run.files[self._source]}: {summary.damage}")
                 self._source, self._piece, self._lines = self._source + 1, 0, 0
 
     def _append_one(self, summary: PieceSummary) -> None:

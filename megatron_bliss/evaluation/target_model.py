@@ -14,17 +14,21 @@ from megatron_bliss.evaluation.backbone import Backbone, Replicas, weights_diges
 from megatron_bliss.evaluation.packing import Batch
 from megatron_bliss.evaluation.vocabulary import VocabularyPart
 from megatron_bliss.models.target import Target, forward_only
+from megatron_bliss.models.target_layers import FusedCausalAttention
 from megatron_bliss.parallel import Groups, all_gather_object
 
 
 class TargetBackbone(Backbone):
     """A model-parallel group is a replica; its ranks make the same calls."""
 
-    shares_beginnings = True
-
     def __init__(self, target: Target, groups: Groups) -> None:
         self.target, self.groups = target, groups
         self.device, self.replicas = groups.device, Replicas.of_target(groups)
+        # Other kernels than ours take no notice of a mask beside the causal one.
+        layers = [layer for chunk in target for layer in chunk.decoder.layers]
+        self.shares_beginnings = all(
+            isinstance(layer.self_attention.core_attention, FusedCausalAttention) for layer in layers
+        )
         stages = groups.pipeline_model_parallel_size
         self.batches_in_flight = 1 if stages == 1 else 2 * stages
         self.width_multiple = groups.tensor_model_parallel_size if target[0].config.sequence_parallel else 1

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from megatron_bliss.data import encoding, piece_maker
@@ -10,6 +11,7 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.shards import deal, merge_shards
 from megatron_bliss.data.sources import expand_inputs
 from megatron_bliss.data.subset import read_provenance
+from megatron_bliss.data.tokenizers import load_tokenizer
 from tests.data.corpora import documents
 from tests.data.source_files import FORMATS, build_with_megatron, make, same_files, write_source
 from tools import preprocess_data
@@ -48,7 +50,7 @@ def test_workers_share_files_of_every_kind_and_nothing_shows(tmp_path, tokenizer
     ]
     options = {"tokenizer_type": "huggingface", "tokenizer_model": tokenizer_files["huggingface"]}
     _, one = make(tmp_path, files, "one", **options)
-    _, four = make(tmp_path, files, "four", workers=4, piece_megabytes=0.001, **options)
+    _, four = make(tmp_path, files, "four", workers=3, piece_megabytes=0.001, **options)
     assert same_files(one.prefix, four.prefix, ALL)
     assert read_manifest(one.prefix) == read_manifest(four.prefix)
 
@@ -148,9 +150,20 @@ def test_a_tokenizer_that_gigatoken_cannot_read_goes_through_its_own_library(tmp
     assert corpus[0].tolist() == [0, 1] and "Hugging Face tokenizers is used" in capsys.readouterr().err
 
 
-def test_gigatoken_is_made_anew_when_its_cache_has_grown(tokenizer_files, monkeypatch):
-    from megatron_bliss.data.tokenizers import load_tokenizer
+def test_a_long_document_is_checked_by_its_beginning(tokenizer_files, monkeypatch):
+    monkeypatch.setattr(encoding, "CHECKED_LENGTH", 20)
+    encoder = encoding.make_encoder(load_tokenizer("huggingface", tokenizer_files["huggingface"]))
+    lengths, own = [], encoder.tokenizer.encode_batch
+    monkeypatch.setattr(encoder.tokenizer, "encode_batch", lambda texts: lengths.extend(map(len, texts)) or own(texts))
+    encoder.encode(["once upon a time there was a river " * 9])
+    assert lengths == [20] and encoder.warning is None
+    monkeypatch.setattr(encoder, "_encode", lambda texts: (np.zeros(3, int), np.array([3])))
+    text = "once upon a time there was a river " * 9
+    tokens, _ = encoder.encode([text])
+    assert "differs on a text" in encoder.warning and tokens.tolist() == own([text])[0]
 
+
+def test_gigatoken_is_made_anew_when_its_cache_has_grown(tokenizer_files, monkeypatch):
     monkeypatch.setattr(encoding, "GROWTH_LIMIT", -1)
     encoder = encoding.make_encoder(load_tokenizer("huggingface", tokenizer_files["huggingface"]))
     before = encoder._fast

@@ -77,7 +77,7 @@ def test_the_result_depends_neither_on_workers_nor_on_pieces(tmp_path, tokenizer
     for unit in ("document", "window"):
         _, whole = make(tmp_path, files, f"{unit}1", unit=unit, window_length=32, **options)
         monkeypatch.setattr(streams, "READ_BYTES", 1000)
-        changes = {"workers": 3 if unit == "document" else 1, "piece_megabytes": 0.003}
+        changes = {"workers": 2 if unit == "document" else 1, "piece_megabytes": 0.003}
         _, parts = make(tmp_path, files, f"{unit}2", unit=unit, window_length=32, **changes, **options)
         monkeypatch.undo()
         for suffix in (".bin", ".idx", ".rejected.jsonl", ".provenance.parquet"):

@@ -11,6 +11,7 @@ from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, TargetModel, evaluate_tasks
 from megatron_bliss.evaluation import scoring as scoring_module
 from megatron_bliss.evaluation.request_cache import RequestCache
+from megatron_bliss.evaluation.target_model import TargetBackbone
 from tests.evaluation import worlds
 from tests.evaluation.conftest import World
 from tests.targets import grouped, layout
@@ -51,6 +52,14 @@ def test_shared_beginnings_are_computed_once(world: World, monkeypatch) -> None:
     computed.clear()
     answers(world, 200)
     assert 0 < sum(computed) < 0.6 * alone
+
+
+def test_beginnings_are_shared_only_by_attention_that_takes_a_mask(world: World) -> None:
+    with grouped(layout()) as groups:
+        target = worlds.load_target(world.models["neox_trained"], layout(), groups)
+        assert TargetBackbone(target, groups).shares_beginnings
+        target[0].decoder.layers[1].self_attention.core_attention = torch.nn.Identity()
+        assert not TargetBackbone(target, groups).shares_beginnings
 
 
 class Killed(Exception):

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from megatron_bliss.data.sources import expand_inputs
+from megatron_bliss.data.demo.installation import installed_files
+from megatron_bliss.data.sources import JSON_SUFFIXES, expand_inputs
+from megatron_bliss.data.streams import ByteStream
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.files import sha256_file
-from tools import make_demo_corpus, train_tokenizer
+from tools import train_tokenizer
 from tools.benchmarks import index, measure
 
+DOCUMENT = 3000
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ROOT / "tools" / "preprocess_data.py"
 
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", nargs="+", help="JSON lines to tokenise: files, folders or globs; they are joined into one .json.gz")
     add("--tokenizer-model", help="byte-level BPE tokenizer.json; trained on the input where none is given")
-    add("--megabytes", type=float, default=64.0, help="text made of this Python installation, without --input")
+    add("--megabytes", type=float, default=96.0, help="JSON lines made of this Python installation, without --input")
     add("--vocab-size", type=int, default=8192, help="ids of the tokenizer that is trained")
     add("--workers", type=int, default=1, help="our worker processes")
     add("--repetitions", type=int, default=3, help="runs of both, in turns; the median counts")
@@ -97,21 +103,35 @@ _METHOD = " ".join(line.strip() for line in __doc__.split("\n\n", 1)[1].splitlin
 
 def _source(options: argparse.Namespace, folder: str) -> tuple[str, int]:
     """One .json.gz, and its size before compression."""
-    if options.input:
-        files = expand_inputs(options.input)
-    else:
-        made = make_demo_corpus.make_demo_corpus(f"{folder}/text", options.megabytes, files=1, seed=0)
-        assert made, "no text"
-        files = expand_inputs([f"{folder}/text/pool-*"])
     path, size = f"{folder}/source.json.gz", 0
+    parts = _joined(options.input) if options.input else _installation_lines(int(options.megabytes * 1e6))
     with gzip.open(path, "wb", compresslevel=6) as out:
-        for file in files:
-            if not file.endswith((".gz", ".json", ".jsonl")):
-                raise ValueError(f"{file} has no JSON lines, plain or gzipped: change --input")
-            with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as stream:
-                while block := stream.read(1 << 22):
-                    size += out.write(block)
+        for part in parts:
+            size += out.write(part)
     return path, size
+
+
+def _joined(patterns: list[str]) -> Iterator[bytes]:
+    for file in expand_inputs(patterns, JSON_SUFFIXES):
+        stream = ByteStream(file)
+        while part := stream.read():
+            yield part
+        stream.close()
+
+
+def _installation_lines(size: int) -> Iterator[bytes]:
+    """JSON lines of text files of this Python installation, mixed, cut into documents of about DOCUMENT characters."""
+    for name, path in sorted(installed_files(), key=lambda file: zlib.crc32(file[0].encode())):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # not text, or not ours to read: there is enough without it
+        for start in range(0, len(text), DOCUMENT):
+            line = json.dumps({"text": text[start : start + DOCUMENT], "url": f"{name}#{start}"}).encode() + b"\n"
+            yield line
+            size -= len(line)
+            if size <= 0:
+                return
 
 
 def _train(source: str, vocab_size: int, folder: str) -> str:
