@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_bliss.arguments import check, check_layout, dump_yaml, parse_arguments
+from megatron_bliss.arguments import check, check_layout, dump_yaml, parse_arguments, read_config
 from megatron_bliss.config import Config, DataConfig, ModelConfig
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
@@ -52,7 +52,9 @@ def test_the_resolved_file_reads_back_the_same(options: list[str], tmp_path: Pat
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_every_example_file_is_understood(path: Path, options: list[str]) -> None:
-    config = parse_arguments(["--config", str(path), *[o for o in options if o.startswith(("--data", "--run"))]])
+    own = [o for o in options if o.startswith(("--data", "--run"))]
+    config = parse_arguments(["--config", str(path), *own, "--evaluation.tasks=[]"])  # their files come with the run
+    assert read_config(path).data.seq_length == config.data.seq_length
     assert config.rounds >= 1 and config.data.seq_length > 0
 
 
@@ -77,6 +79,7 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
         ("--target.preset=null", "target.preset"),
+        ("--evaluation.tasks=[sciq]", "evaluation.data_dir ''"),
     ],
 )
 def test_impossible_combinations_say_what_to_change(change: str, message: str, options: list[str]) -> None:
