@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from megatron_bliss.arguments import check, check_layout, dump_yaml, parse_arguments
+from megatron_bliss.arguments import check, check_layout, dump_yaml, parse_arguments, read_config
 from megatron_bliss.config import Config, DataConfig, ModelConfig
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
@@ -60,8 +60,9 @@ def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Pa
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_every_example_file_is_understood(path: Path, options: list[str]) -> None:
-    options = [option for option in options if option.startswith(("--data", "--run"))]
-    config = parse_arguments(["--config", str(path), *options, "--evaluation.tasks=[]"])  # their data are not made yet
+    own = [option for option in options if option.startswith(("--data", "--run"))]
+    config = parse_arguments(["--config", str(path), *own, "--evaluation.tasks=[]"])  # their data are not made yet
+    assert read_config(path).data.seq_length == config.data.seq_length
     assert config.rounds >= 1 and config.data.seq_length > 0
 
 
@@ -88,6 +89,7 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
         ("--target.preset=null", "target.preset"),
+        ("--evaluation.tasks=[sciq]", "evaluation.data_dir ''"),
     ],
 )
 def test_impossible_combinations_say_what_to_change(change: str, message: str, options: list[str]) -> None:
