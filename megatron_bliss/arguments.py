@@ -122,6 +122,10 @@ def _check_sizes(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"found {name} {value}, expected 1 or more")
+    branch = config.pretraining.decay_branch_iters
+    if branch < 0 or (config.stage == "decay_branch" and not branch):
+        expected = "1 or more for --stage decay_branch" if branch == 0 else "0 or more"
+        raise ValueError(f"found pretraining.decay_branch_iters {branch}, expected {expected}")
     if not 0 < config.selection.fraction <= 1:
         raise ValueError(f"found selection.fraction {config.selection.fraction}, expected a share in (0, 1]")
     for name in ("kl_weight", "l2_weight", "damping"):

@@ -94,9 +94,11 @@ def set_deterministic(enabled: bool) -> None:
 def silence_megatron_core() -> None:
     """Drop warnings about megatron-core 0.16's insides, which nobody here can act on.
 
-    Collectives under names that torch 2.13 deprecates (torch 2.11 has no others), and the fp32 distributed optimizer,
-    which keeps gradients on views of the weights. Goes when megatron-core no longer does either.
+    Collectives under names that torch 2.13 deprecates (torch 2.11 has no others), the fp32 distributed optimizer, which
+    keeps gradients on views of the weights, and advice on recomputing Transformer Engine's attention. Goes when
+    megatron-core no longer does so.
     """
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 

@@ -51,6 +51,8 @@ class SegmentResult:
     checkpoint: Path
     skipped: int
     """Iterations that left the weights alone."""
+    kernels: str
+    """Layers, attention and optimizer that were in use."""
 
 
 def train_segment(
@@ -137,6 +139,7 @@ def train_segment(
         flops=iterations * flops_per_iteration,
         checkpoint=checkpoint.step_folder(folder, last_iteration),
         skipped=segment.health.skipped,
+        kernels=trainer.describe(),
     )
     del segment, trainer, target
     gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles

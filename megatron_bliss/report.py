@@ -184,13 +184,15 @@ def _pretraining_section(run: RunData) -> str:
     figures = []
     for stage in dict.fromkeys(entry["stage"] for entry in run.metrics if entry["arm"] == "shared"):
         caption = "Training loss before the first round, shared by all arms."
-        title = f"Warm-up of the {'target' if stage == 'pretrain' else stage}"
+        name = {"pretrain": "target", "decay_branch": "target: decay branch"}.get(stage, stage)
+        title = f"Warm-up of the {name}"
         figures.append(_curve_figure(run, stage, ["shared"], {"loss": ""}, title, caption))
     for key, title, caption in (
         ("loss", "Target training loss", "On what each arm selected: not comparable between arms."),
         ("grad_norm", "Gradient norm", "Before clipping."),
         ("lr", "Learning rate", ""),
         ("tokens_per_second", "Tokens per second", ""),
+        ("model_flops_utilisation", "Model FLOP/s utilisation", "Share of the devices' peak; not known for CPUs."),
     ):
         figures.append(_curve_figure(run, "pretrain", run.arms, {key: ""}, title, caption))
     note = "Pale: what was logged; line: its running mean. Thin verticals: rounds."

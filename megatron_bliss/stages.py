@@ -282,7 +282,7 @@ def _train_target(session: Session, folder: Path, arm: str, round_number: int, p
     )
     points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
     record = {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
-    return {**record, "skipped_iterations": result.skipped}
+    return {**record, "skipped_iterations": result.skipped, "kernels": result.kernels}
 
 
 def _segment_options(session: Session, folder: Path, arm: str, round_number: int) -> dict:

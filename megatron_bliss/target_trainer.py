@@ -146,9 +146,8 @@ class TargetTrainer:
         if parts and self.groups.tensor_model_parallel_rank == 0:
             mine[:2] = torch.stack(parts).sum(0)
         for outer in self.optimizer.chained_optimizers:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in outer.get_main_grads_for_grad_norm()]
-            if norms:
-                mine[2] += torch.stack(norms).square().sum()
+            for gradient in outer.get_main_grads_for_grad_norm():
+                mine[2] += squared_norm(gradient)
         # Without the distributed optimizer every data-parallel rank holds the whole gradient.
         mine[2] /= self.groups.world_size // self.optimizer.get_grad_stats_parallel_group().size()
         dist.all_reduce(mine, group=self.groups.world_group)
@@ -296,6 +295,23 @@ def _use_fused_kernel(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.AdamW):
         for group in optimizer.param_groups:
             group.update(fused=True, foreach=False)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """fp64 scalar, right to about 1e-6 whatever the tensor's size.
+
+    On a CPU torch adds in fp64 at a thirtieth of its speed in fp32 (a second per step for 70M weights), and in fp32 is
+    1e-3 off at 25M elements: norms of short pieces in fp32 are fast and right.
+    """
+    if tensor.device.type != "cpu":
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+    flat = tensor.flatten()
+    whole = flat.numel() // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_PIECE), dim=1)
+    return torch.cat((pieces, flat[whole:].norm().view(1))).double().square().sum()
+
+
+NORM_PIECE = 2**12
 
 
 def kernel_name(optimizer: torch.optim.Optimizer) -> str:

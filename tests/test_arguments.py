@@ -76,6 +76,7 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
         ("--selection.fraction=1.5", "selection.fraction"),
         ("--bilevel.damping=-1", "bilevel.damping"),
         ("--pretraining.train_iters=0", "pretraining.train_iters"),
+        ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
         ("--target.preset=null", "target.preset"),

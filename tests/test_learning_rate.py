@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_bliss.bilevel.optimizer import learning_rate
 from megatron_bliss.config import OptimizerConfig
-from megatron_bliss.learning_rate import branch_settings, learning_rate_at
+from megatron_bliss.learning_rate import branch_settings, build_scheduler, learning_rate_at, set_iteration
 
 LR, MIN_LR = 1.0, 0.1
 SHARE_LEFT = {
@@ -60,3 +61,15 @@ def test_a_branch_falls_from_the_main_lines_rate(style, main, first):
 def test_a_branch_never_rises():
     branch = branch_settings(settings("constant"), "linear", 0, 5, 20)  # the main line still stands at 0
     assert [learning_rate_at(branch, k, 5) for k in range(6)] == [0.0] * 6
+
+
+def test_loaded_groups_take_the_bounds_of_the_schedule_they_go_on_with():
+    """A checkpoint's groups carry the main line's bounds, which megatron-core would prefer to the branch's."""
+    optimizer = SimpleNamespace(param_groups=[{"max_lr": LR, "min_lr": 0.0, "wd_mult": wd} for wd in (0.0, 1.0)])
+    branch = branch_settings(settings("cosine"), "linear", 12, 4, 20)
+    scheduler = build_scheduler(optimizer, branch, 16)
+    set_iteration(scheduler, branch, 14)
+    for group, weight_decay in zip(optimizer.param_groups, (0.0, branch.weight_decay), strict=True):
+        assert group["lr"] == scheduler.get_lr({}) == pytest.approx((branch.lr + MIN_LR) / 2)
+        assert group["weight_decay"] == weight_decay
+    assert branch.lr == pytest.approx(decayed("cosine", 0.5))

@@ -278,3 +278,29 @@ def test_a_stage_alone_needs_the_ones_before_it(corpus: Path, tmp_path: Path) ->
     result = run(corpus, tmp_path / "new", "--stage", "select", "--round", "1", "--arm", "bliss")
     assert result.returncode == 2
     assert "score/done.json, expected that stage to be finished before select" in result.stderr
+
+
+def test_decay_branches_are_evaluated_and_leave_the_main_line_alone(corpus: Path, tmp_path: Path) -> None:
+    folders = {}
+    for iterations in (0, 3):
+        folders[iterations] = tmp_path / f"branch{iterations}"
+        options = ("--arms", "random", "--rounds", "2", "--pretraining.decay_branch_iters", str(iterations))
+        result = run(corpus, folders[iterations], *options, "--pretraining.optimizer.min_lr", "1e-4")
+        assert result.returncode == 0, result.stderr
+        assert "kernels: layers TransformerLayer" in result.stderr and "optimizer torch AdamW (fused)" in result.stderr
+    main_lines = [
+        [line for line in metric_lines(folder) if line["stage"] in ("target", "pretrain")]
+        for folder in folders.values()
+    ]
+    assert main_lines[0] == main_lines[1] and len(main_lines[0]) > 16
+    rates = [line["lr"] for line in metric_lines(folders[3]) if line["stage"] == "decay_branch" and "lr" in line]
+    assert len(rates) == 9 and rates[:3] == pytest.approx([1e-3, 7e-4, 4e-4])
+    summary = json.loads((folders[3] / "summary.json").read_text())
+    stages = {(record["round"], record["stage"]): record for record in summary["stages"]}
+    assert {number for number, stage in stages if stage.endswith("decay_branch")} == {0, 1, 2}
+    assert stages[1, "decay_branch"]["flops"] == stages[1, "pretrain"]["flops"] / 2  # 3 iterations beside 6
+    points = summary["arms"]["random"]["validation_loss"]
+    assert [tokens for tokens, _ in points] == [step * 4 * 32 for step in (4, 10, 16)]
+    branch = json.loads((folders[3] / "random/round_02/decay_branch/done.json").read_text())
+    evaluate = json.loads((folders[3] / "random/round_02/evaluate/done.json").read_text())
+    assert evaluate["evaluation"] == branch["evaluation"] and points[-1][1] == evaluate["evaluation"]["losses"]["held"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,8 +44,11 @@ def test_every_rank_gets_the_single_process_logits_of_its_samples(world_size):
         4: [(2, 1, False), (4, 1, False), (2, 2, False), (2, 2, True)],
     }
     cases = [(layout(*size), architecture) for size in sizes[world_size] for architecture in (NEOX, LLAMA)]
+    interleaved = replace(layout(1, 2), virtual_pipeline_model_parallel_size=2)
+    cases += [(interleaved, replace(architecture, num_layers=4)) for architecture in (NEOX, LLAMA)]
     cases = [(config, a) for config, a in cases if a.num_query_groups % config.tensor_model_parallel_size == 0]
-    single = dict(zip((NEOX, LLAMA), teach(0, 1, [(layout(), NEOX), (layout(), LLAMA)]), strict=True))
+    architectures = list(dict.fromkeys(architecture for _, architecture in cases))
+    single = dict(zip(architectures, teach(0, 1, [(layout(), a) for a in architectures]), strict=True))
     start = 0
     for rank, outcomes in enumerate(run_distributed(teach, world_size, cases)):
         count = COUNTS[world_size][rank]

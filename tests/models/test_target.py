@@ -164,6 +164,8 @@ def two_ranks() -> list[dict]:
 
 
 LAYOUTS = [(layout(*size), a) for size in ((2, 1, False), (2, 1, True), (1, 2, False)) for a in (NEOX, LLAMA)]
+INTERLEAVED = replace(layout(1, 2), virtual_pipeline_model_parallel_size=2)
+LAYOUTS += [(INTERLEAVED, replace(architecture, num_layers=4)) for architecture in (NEOX, LLAMA)]
 SMALL_VOCAB_SIZE = 50
 """Of 128 padded rows the second of two ranks holds padding only."""
 
@@ -177,7 +179,8 @@ def checks_on_two_ranks(rank: int, world_size: int, cases: list) -> dict:
 
 
 def test_logits_do_not_depend_on_the_layout(two_ranks):
-    single = dict(zip((NEOX, LLAMA), sharded_logits([(layout(), NEOX), (layout(), LLAMA)]), strict=True))
+    architectures = list(dict.fromkeys(architecture for _, architecture in LAYOUTS))
+    single = dict(zip(architectures, sharded_logits([(layout(), a) for a in architectures]), strict=True))
     for outcome in two_ranks:
         for (config, architecture), logits in zip(LAYOUTS, outcome["logits"], strict=True):
             np.testing.assert_allclose(logits, single[architecture], atol=2e-6, rtol=0, err_msg=str(config))
@@ -238,6 +241,7 @@ def refusals() -> list[str]:
             (layout(2), replace(NEOX, ffn_hidden_size=63), SEQ_LENGTH),
             (layout(2, 1, True), NEOX, 15),
             (layout(1, 3), NEOX, SEQ_LENGTH),
+            (replace(layout(1, 2), virtual_pipeline_model_parallel_size=2), NEOX, SEQ_LENGTH),
         ):
             with pytest.raises(ValueError) as error:
                 build_target(config, architecture, groups, seq_length=length, params_dtype=torch.float32, seed=0)
@@ -256,8 +260,49 @@ def test_sizes_that_do_not_divide_are_refused(two_ranks):
                 "ffn_hidden_size=63",
                 "seq_length",
                 "num_layers=2",
+                "num_layers=2",
             ),
             strict=True,
         ):
             assert f"found {'data' if option == 'seq_length' else 'target'}.{option}" in message
             assert "change one of the two" in message
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"virtual_pipeline_model_parallel_size": 2}, "with target.pipeline_model_parallel_size=1, expected 1"),
+        ({"virtual_pipeline_model_parallel_size": 0}, "virtual_pipeline_model_parallel_size=0"),
+        ({"recompute_granularity": "full", "recompute_num_layers": 3}, "recompute_num_layers=3, expected a divisor of"),
+        (
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+            "recompute_num_layers=3, expected at most the 2 layers",
+        ),
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, r"recompute_modules=\['moe'\]"),
+        ({"transformer_impl": "transformer_engine"}, "transformer_impl=transformer_engine on cpu"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with grouped(layout()) as groups, pytest.raises(ValueError, match=message):
+        make_target(replace(layout(), **options), groups)
+
+
+def test_recomputation_keeps_fewer_activations():
+    """What autograd holds between forward and backward pass shrinks from none to selective to full."""
+    held = {}
+    for granularity in ("none", "selective", "full"):
+        config = replace(layout(), recompute_granularity=granularity, recompute_modules=["core_attn", "mlp"])
+        with grouped(config) as groups:
+            target = make_target(config, groups)
+            seen: dict[int, int] = {}
+
+            def keep(tensor, seen=seen):
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            tokens = some_tokens(4, 16)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                losses = target[0](tokens, tokens)
+            held[granularity] = sum(seen.values())
+            losses.sum().backward()
+    assert held["none"] > held["selective"] > held["full"]
