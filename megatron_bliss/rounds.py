@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_bliss import run_corpora, stages
+from megatron_bliss import run_corpora, stages, target_stages
 from megatron_bliss.arguments import arm_names
 from megatron_bliss.config import Config
 from megatron_bliss.files import write_json
@@ -27,9 +27,9 @@ ROUND_STAGES: dict[str, Callable[[Session, Path, str, int], dict]] = {
     "bilevel": stages.learn_scores,
     "score": stages.score_shard,
     "select": stages.select_units,
-    "pretrain": stages.pretrain_target,
-    "decay_branch": stages.decay_target,
-    "evaluate": stages.evaluate_target,
+    "pretrain": target_stages.pretrain_target,
+    "decay_branch": target_stages.decay_target,
+    "evaluate": target_stages.evaluate_target,
 }
 
 
@@ -56,15 +56,15 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     config, folder = session.config, session.folder
     yield folder.path / "shards", lambda path: run_corpora.make_shards(session, path)
     if config.stage in (None, "warmup"):
-        yield folder.stage_folder("shared", 0, "target"), lambda path: stages.warm_up_target(session, path)
+        yield folder.stage_folder("shared", 0, "target"), lambda path: target_stages.warm_up_target(session, path)
         if config.pretraining.decay_branch_iters:
             branch = folder.stage_folder("shared", 0, "decay_branch")
-            yield branch, lambda path: stages.decay_target(session, path, "shared", 0)
+            yield branch, lambda path: target_stages.decay_target(session, path, "shared", 0)
         yield folder.stage_folder("shared", 0, "proxy"), lambda path: stages.warm_up_proxy(session, path)
     if config.evaluation.tasks and (
         config.stage in (None, "warmup") or (config.stage, config.round) == ("evaluate", 0)
     ):
-        yield folder.stage_folder("shared", 0, "evaluate"), _bind(stages.evaluate_target, session, "shared", 0)
+        yield folder.stage_folder("shared", 0, "evaluate"), _bind(target_stages.evaluate_target, session, "shared", 0)
     for number in range(1, config.rounds + 1):
         for arm in arm_names(config):
             for stage in ROUND_STAGES:
