@@ -22,7 +22,7 @@ def folder(tmp_path_factory) -> Path:
     assert train_tokenizer.main(["--input", source, "--output", tokenizer, "--vocab-size", "300"]) == 0
     for name, kind, file in (("pool", "huggingface", tokenizer), ("bytes", "bytes", None)):
         settings = PreprocessSettings([source], str(folder / name), tokenizer_type=kind, tokenizer_model=file)
-        preprocess(settings, show_progress=False)
+        preprocess(settings, progress="none")
     (folder / "a.choice.jsonl").write_text(json.dumps({"query": "q", "choices": ["x", "y"], "answer": 1}) + "\n")
     (folder / "b.last_word.jsonl").write_text('{"text": "some words"}\n')
     (folder / "broken.choice.jsonl").write_text('{"query": "q", "choices": ["x"], "answer": 1}\n')
