@@ -200,7 +200,8 @@ def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Nam
     items = f"the first {options.limit} items of each task" if options.limit else "all items"
     lines = [
         "# Evaluation against lm-eval's hf backend",
-        f"\n{described}, lm-eval {next(iter(documents.values()))['lm_eval_version']}.\n",
+        f"\nBy `examples/studies/evaluation_parity.py`: {described}, lm-eval"
+        f" {next(iter(documents.values()))['lm_eval_version']}.\n",
         f"{options.num_layers} layers x {options.hidden_size}, the vocabulary of the GPT-NeoX tokenizer, fp32; trained:"
         f" {options.train_steps} steps of 1,024 tokens. {items.capitalize()}. Difference: largest of any request's"
         " log-likelihood (nats).\n",
