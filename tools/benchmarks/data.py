@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", nargs="+", help="JSON lines to tokenise: files, folders or globs; they are joined into one .json.gz")
     add("--tokenizer-model", help="byte-level BPE tokenizer.json; trained on the input where none is given")
-    add("--megabytes", type=float, default=96.0, help="JSON lines made of this Python installation, without --input")
+    add("--megabytes", type=float, default=192.0, help="JSON lines made of this Python installation, without --input")
     add("--vocab-size", type=int, default=8192, help="ids of the tokenizer that is trained")
     add("--workers", type=int, default=1, help="our worker processes")
     add("--repetitions", type=int, default=3, help="runs of both, in turns; the median counts")
