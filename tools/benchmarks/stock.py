@@ -22,7 +22,10 @@ def batches(path: str) -> Iterator[list[str]]:
     texts: list[str] = []
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         for line in stream:
-            texts.append(json.loads(line)["text"])
+            text = json.loads(line)["text"]
+            if not text.strip():
+                continue  # this package sets empty texts aside, and both shall write the same bytes
+            texts.append(text)
             if len(texts) == BATCH:
                 yield texts
                 texts = []
