@@ -60,7 +60,7 @@ def corpus(tmp_path_factory) -> Path:
             unit="window",
             window_length=32,
         ),
-        show_progress=False,
+        progress="none",
     )
     for name, label in (("guide", "last-word"), ("held", "all")):
         prepare_validation(

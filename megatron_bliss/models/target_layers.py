@@ -233,49 +233,42 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
         local = labels - first
         here = (local >= 0) & (local < known)
         local = torch.where(here, local, 0).unsqueeze(-1)
+        values = logits.data.float()  # .data: what follows is not autograd's business
+        predicted = torch.where(here, values.gather(-1, local).squeeze(-1), 0.0)
         if known:
-            exponentials = logits.data[..., :known].float()  # .data: what follows is not autograd's business
-            predicted = torch.where(here, exponentials.gather(-1, local).squeeze(-1), 0.0)
-            largest, total = exponentiate_(exponentials)
+            values[..., known:] = -torch.inf
+            normalizer = softmax_(values)
         else:  # every id of this rank is padding
-            exponentials = logits[..., :0].float()
-            largest = torch.full(labels.shape, -torch.inf, device=logits.device)
-            predicted = total = torch.zeros(labels.shape, device=logits.device)
-        normalizer, predicted = _combine(largest, total, predicted, group)
-        ctx.save_for_backward(exponentials, (largest - normalizer).exp(), local, here)
-        ctx.padding, ctx.dtype = logits.shape[-1] - known, logits.dtype
-        return normalizer - predicted
+            values.zero_()
+            normalizer = torch.full(labels.shape, -torch.inf, device=logits.device)
+        whole, predicted = _combine(normalizer, predicted, group)
+        ctx.save_for_backward(values, (normalizer - whole).exp(), local, here)
+        ctx.dtype = logits.dtype
+        return whole - predicted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        """d loss / d logit = softmax - one-hot(label), in place of the saved exponentials."""
-        exponentials, scale, local, here = ctx.saved_tensors
-        gradient = exponentials.mul_((scale * grad_output).unsqueeze(-1))
-        if gradient.shape[-1]:
-            gradient.scatter_add_(-1, local, torch.where(here, -grad_output, 0.0).unsqueeze(-1))
-        gradient = gradient.to(ctx.dtype)
-        return F.pad(gradient, (0, ctx.padding)) if ctx.padding else gradient, None, None, None
+        """d loss / d logit = softmax - one-hot(label), in place of this rank's softmax; 0 where there is padding."""
+        probabilities, share, local, here = ctx.saved_tensors
+        gradient = probabilities.mul_((share * grad_output).unsqueeze(-1))
+        gradient.scatter_add_(-1, local, torch.where(here, -grad_output, 0.0).unsqueeze(-1))
+        return gradient.to(ctx.dtype), None, None, None
 
 
-ROWS_IN_CACHE = 32
-"""Rows of a vocabulary that pass through a CPU's cache at once: 6 MB at 50,304 tokens."""
+def softmax_(values: Tensor) -> Tensor:
+    """softmax of fp32 values [..., v] in place; returns log Σ exp(values) [...].
+
+    The largest probability is exp(largest value) / Σ, so that no pass is needed for the sum.
+    """
+    largest = values.amax(-1)
+    torch.softmax(values, -1, out=values)
+    return largest - values.amax(-1).log()
 
 
-def exponentiate_(values: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(values - largest) in place of values [..., v]; returns the largest [...] and the sum [...] of each row."""
-    rows = values.view(-1, values.shape[-1])
-    blocks = rows.split(ROWS_IN_CACHE) if values.device.type == "cpu" else (rows,)
-    largest, total = [], []
-    for block in blocks:
-        largest.append(block.amax(-1))
-        total.append(block.sub_(largest[-1].unsqueeze(-1)).exp_().sum(-1))
-    return torch.cat(largest).view(values.shape[:-1]), torch.cat(total).view(values.shape[:-1])
-
-
-def _combine(largest: Tensor, total: Tensor, predicted: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _combine(normalizer: Tensor, predicted: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """log Σ exp over the whole vocabulary and the label's logit, from each rank's part; the same bits on every rank."""
     if group.size() == 1:
-        return largest + total.log(), predicted
-    parts = all_gather(torch.stack((largest + total.log(), predicted)), group)
+        return normalizer, predicted
+    parts = all_gather(torch.stack((normalizer, predicted)), group)
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)

@@ -243,6 +243,6 @@ def test_the_command_and_a_look_at_its_result(tmp_path, tokenizer_files, capsys)
     for command in ("show", "sample", "verify"):
         assert inspect_index.main([command, prefix]) == 0
     output = capsys.readouterr().out
-    assert "contiguous  yes" in output and '"url": "https://example.org/' in output and "as its manifest says" in output
+    assert "contiguous  yes" in output and "https://example.org/" in output and "as its manifest says" in output
     assert preprocess_data.main([*options, "--unit", "document"]) == 1
     assert "change --output-prefix" in capsys.readouterr().err

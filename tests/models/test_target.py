@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.models.target import build_target, last_hidden_states, output_weight, padded_vocab_size
-from megatron_bliss.models.target_layers import ROWS_IN_CACHE, VocabularyParallelCrossEntropy, exponentiate_
+from megatron_bliss.models.target_layers import VocabularyParallelCrossEntropy, softmax_
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
 
@@ -205,13 +205,14 @@ def test_cross_entropy_and_its_gradient_are_torchs_without_the_padding():
     assert not gradient[..., VOCAB_SIZE:].any()
 
 
-def test_exponentials_in_blocks_of_rows_are_in_place_and_those_of_all_rows():
-    whole = 3 * torch.randn(2, ROWS_IN_CACHE + 5, 20)
-    expected = whole[..., :17].clone()
-    largest, total = exponentiate_(whole[..., :17])
-    exponentials = (expected - expected.amax(-1, keepdim=True)).exp()
-    assert torch.equal(largest, expected.amax(-1)) and torch.equal(whole[..., :17], exponentials)
-    torch.testing.assert_close(total, exponentials.sum(-1))
+def test_softmax_in_place_gives_the_normalizer():
+    values = 20 * torch.randn(2, 37, 20, generator=torch.Generator().manual_seed(0))
+    values[..., 17:] = -torch.inf
+    expected, memory = values.clone(), values.data_ptr()
+    normalizer = softmax_(values)
+    assert values.data_ptr() == memory and not values[..., 17:].any()
+    torch.testing.assert_close(values, expected.softmax(-1))
+    torch.testing.assert_close(normalizer, expected.logsumexp(-1))
 
 
 def cross_entropy_halves(rank: int, vocab_size: int) -> tuple[np.ndarray, ...]:
