@@ -197,12 +197,13 @@ def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
 def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Namespace) -> str:
     """The page."""
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine(torch.device("cpu")).items())
+    vocab_size = load_tokenizer("huggingface", options.tokenizer_model).vocab_size
     items = f"the first {options.limit} items of each task" if options.limit else "all items"
     lines = [
         "# Evaluation against lm-eval's hf backend",
         f"\nBy `examples/studies/evaluation_parity.py`: {described}, lm-eval"
         f" {next(iter(documents.values()))['lm_eval_version']}.\n",
-        f"{options.num_layers} layers x {options.hidden_size}, the vocabulary of the GPT-NeoX tokenizer, fp32; trained:"
+        f"{options.num_layers} layers x {options.hidden_size}, vocabulary {vocab_size:,}, fp32; trained:"
         f" {options.train_steps} steps of 1,024 tokens. {items.capitalize()}. Difference: largest of any request's"
         " log-likelihood (nats).\n",
         "| model | layout | requests | difference | greedy differs | accuracies that differ | seconds | hf's seconds |",
@@ -230,7 +231,8 @@ def study(options: argparse.Namespace) -> str:
     rows, documents = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for family, title in FAMILIES.items():
-            for state, steps in (("random", 0), ("trained", options.train_steps)):
+            for state in options.states.split(","):
+                steps = {"random": 0, "trained": options.train_steps}[state]
                 name, model = f"{title}, {state}", Path(folder) / f"{family}-{state}"
                 make_model(model, family, steps, options)
                 expected = run_part(options, model, None, Path(folder) / "reference")
@@ -253,6 +255,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text", help="JSON lines with a text field to train on, a pattern")
     add("--tasks", default=",".join(TASK_NAMES), help="comma-separated")
     add("--limit", type=int, help="items of each task (default: all)")
+    add("--states", default="random,trained", help="weights of the models, comma-separated")
     add("--layouts", default=",".join(LAYOUTS), help="comma-separated")
     add("--num-layers", type=int, default=4, help="of the models")
     add("--hidden-size", type=int, default=64, help="of the models")
