@@ -101,13 +101,9 @@ def train_segment(
     gradient that is not finite, at a spike of the loss, after too many updates left out in a row.
     """
     _check_span(first_iteration, last_iteration, total_iterations)
+    init_seed = seed if init_seed is None else init_seed
     target = build_target(
-        target_config,
-        architecture,
-        groups,
-        seq_length=seq_length,
-        params_dtype=choose_dtype(platform),
-        seed=seed if init_seed is None else init_seed,
+        target_config, architecture, groups, seq_length=seq_length, params_dtype=choose_dtype(platform), seed=init_seed
     )
     trainer = TargetTrainer(target, config, groups, seq_length=seq_length, total_iterations=total_iterations)
     data = TrainingSequences(
@@ -123,36 +119,25 @@ def train_segment(
     )
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start, pretrained)
-    flops_per_iteration = (1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length)
-    flops_per_iteration *= segment.tokens_per_iteration
+    flops = (1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length) * segment.tokens_per_iteration
+    labels = {"arm": arm, "round": round, "stage": stage}
     log = TrainingLog(
         metrics,
         log_interval,
         progress and groups.is_main,
         tokens_per_iteration=segment.tokens_per_iteration,
-        flops_per_iteration=flops_per_iteration,
+        flops_per_iteration=flops,
         devices=groups.world_size,
         peak_flops=peak_flops(platform, groups.device, device_peak_tflops),
         speaks=groups.is_main,
-        arm=arm,
-        round=round,
-        stage=stage,
+        **labels,
     )
     try:
         segment.run(config.eval_interval, save_interval, evaluate, log)
     finally:
         if segment.pending is not None:  # an error: leave no thread that writes where the next attempt does
             segment.pending.wait()
-    iterations = last_iteration - first_iteration
-    result = SegmentResult(
-        evaluations=segment.evaluations,
-        tokens=iterations * segment.tokens_per_iteration,
-        seconds=segment.seconds,
-        flops=iterations * flops_per_iteration,
-        checkpoint=checkpoint.step_folder(folder, last_iteration),
-        skipped=segment.health.skipped,
-        kernels=trainer.describe(),
-    )
+    result = segment.result(flops)
     del segment, trainer, target
     gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles
     return result
@@ -247,6 +232,19 @@ class _Segment:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.finish()
+
+    def result(self, flops_per_iteration: float) -> SegmentResult:
+        """What the finished segment left."""
+        iterations = self.last - self.first
+        return SegmentResult(
+            evaluations=self.evaluations,
+            tokens=iterations * self.tokens_per_iteration,
+            seconds=self.seconds,
+            flops=iterations * flops_per_iteration,
+            checkpoint=checkpoint.step_folder(self.folder, self.last),
+            skipped=self.health.skipped,
+            kernels=self.trainer.describe(),
+        )
 
     def run(
         self,
