@@ -132,11 +132,7 @@ def train_segment(
         speaks=groups.is_main,
         **labels,
     )
-    try:
-        segment.run(config.eval_interval, save_interval, evaluate, log)
-    finally:
-        if segment.pending is not None:  # an error: leave no thread that writes where the next attempt does
-            segment.pending.wait()
+    segment.run(config.eval_interval, save_interval, evaluate, log)
     result = segment.result(flops)
     del segment, trainer, target
     gc.collect()  # megatron-core's hooks hold weights, gradients and optimizer in reference cycles
@@ -260,18 +256,22 @@ class _Segment:
         consumed = (self.iteration - self.first) * self.config.global_batch_size
         batches = self.data.micro_batches(consumed, self.config.global_batch_size, self.config.micro_batch_size)
         seconds_before, began = self.seconds, time.perf_counter()
-        with log.bar(self.last - self.first, self.iteration - self.first) as bar:
-            while self.iteration < self.last:
-                self._iterate(batches, log, bar)
-                is_last = self.iteration == self.last
-                evaluates = evaluate is not None and (is_last or self.iteration % eval_interval == 0)
-                saves = is_last or self.iteration % save_interval == 0
-                with self.trainer.settled() if evaluates or saves else contextlib.nullcontext():
-                    if evaluates:
-                        self._evaluate(evaluate, log)
-                    self.seconds = seconds_before + time.perf_counter() - began
-                    if saves:
-                        self.save()
+        try:
+            with log.bar(self.last - self.first, self.iteration - self.first) as bar:
+                while self.iteration < self.last:
+                    self._iterate(batches, log, bar)
+                    is_last = self.iteration == self.last
+                    evaluates = evaluate is not None and (is_last or self.iteration % eval_interval == 0)
+                    saves = is_last or self.iteration % save_interval == 0
+                    with self.trainer.settled() if evaluates or saves else contextlib.nullcontext():
+                        if evaluates:
+                            self._evaluate(evaluate, log)
+                        self.seconds = seconds_before + time.perf_counter() - began
+                        if saves:
+                            self.save()
+        finally:
+            if self.pending is not None:  # an error: leave no thread that writes where the next attempt does
+                self.pending.wait()
 
     def _iterate(self, batches: Iterator[MicroBatch], log: TrainingLog, bar: Progress) -> None:
         began = time.perf_counter()
