@@ -5,7 +5,9 @@
 
 For GPT-NeoX and LLaMA, random and trained for some steps on the given text, a Hugging Face folder is written and scored
 by lm-eval's ``hf`` backend on the CPU in fp32; then the target loads the same weights under each layout. Reported: the
-largest difference of a request's log-likelihood, requests whose greedy answer differs, items whose accuracy differs.
+largest difference of a request's log-likelihood, requests whose greedy answer differs, items of which another choice is
+taken and by how much the two choices differ. The backend at half the batch is a row as well: what rounding alone does.
+Finished parts stay in ``--work-dir``; a second run, or runs of other families side by side, go on from there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +44,8 @@ from tools.benchmarks.measure import machine  # noqa: E402
 
 LAYOUTS = {"TP 1": (1, 1, 1), "TP 2": (2, 1, 2), "PP 2": (1, 2, 2), "TP 2 x PP 2": (2, 2, 4), "DP 2": (1, 1, 2)}
 """Name -> (tensor, pipeline, processes)."""
+HALF_BATCH = "hf, half the batch"
+"""lm-eval's backend again, its requests batched otherwise."""
 FAMILIES = {"gpt_neox": "GPT-NeoX", "llama": "LLaMA"}
 MAX_LENGTH = 1024
 
@@ -95,8 +100,8 @@ def train(lm: LanguageModel, batches: Iterator[torch.Tensor], steps: int) -> Non
 
 
 def recorded(model, options: argparse.Namespace, groups=None) -> dict:
-    """Evaluate; the document, the answers to all requests and the seconds that the requests took."""
-    found: dict = {"answers": [], "seconds": 0.0}
+    """Evaluate; the document, all requests with their answers, and the seconds that the requests took."""
+    found: dict = {"requests": [], "answers": [], "seconds": 0.0}
     ask: Callable = model.loglikelihood
 
     def asking(requests: list, **_: object) -> list:
@@ -104,6 +109,7 @@ def recorded(model, options: argparse.Namespace, groups=None) -> dict:
         answers = ask(requests, disable_tqdm=True)
         found["seconds"] += time.perf_counter() - start
         found["answers"] += answers
+        found["requests"] += [[r.task_name, r.doc_id, r.idx, len(r.args[1].lstrip())] for r in requests]
         return answers
 
     model.loglikelihood = asking
@@ -156,29 +162,52 @@ def score_layout(options: argparse.Namespace) -> None:
 
 
 def run_part(options: argparse.Namespace, model: Path, layout: str | None, found: Path) -> dict:
-    """One measurement in new processes; torchrun starts those of a layout."""
+    """One measurement in new processes, or what an earlier run found; torchrun starts the processes of a layout."""
+    if Path(f"{found}.json").exists():
+        return read_json(f"{found}.json") | {"answers": np.load(f"{found}.npy")}
     mine = [os.path.abspath(__file__), "--model", str(model), "--found", str(found)]
-    for name in ("data_dir", "tasks", "batch_size"):
-        mine += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    batch_size = options.batch_size // 2 if layout == HALF_BATCH else options.batch_size
+    mine += ["--data-dir", options.data_dir, "--tasks", options.tasks, "--batch-size", str(batch_size)]
     if options.limit:
         mine += ["--limit", str(options.limit)]
     start = [sys.executable]
-    if layout is not None:
+    if layout in LAYOUTS:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(LAYOUTS[layout][2])]
         mine += ["--layout", layout]
     subprocess.run([*start, *mine], check=True)
     return read_json(f"{found}.json") | {"answers": np.load(f"{found}.npy")}
 
 
+def other_choices(found: dict, expected: dict) -> list[float]:
+    """Items of which another choice is taken, by log-likelihood or per character: how far apart the reference has the
+    two choices (nats, of the whole choice), one number an item and metric."""
+    items: dict = defaultdict(list)
+    for request, ours, theirs in zip(expected["requests"], found["answers"], expected["answers"], strict=True):
+        task, document, choice, length = request
+        items[task, document].append((choice, length, ours[0], theirs[0]))
+    apart, tasks = [], expected["document"]["tasks"]
+    for (task, _), choices in items.items():
+        _, length, ours, theirs = np.array(sorted(choices)).T
+        scales = [np.ones_like(length), length]
+        for scale in scales[: 1 + ("acc_norm" in tasks[task]["metrics"])]:
+            taken, reference = int((ours / scale).argmax()), int((theirs / scale).argmax())
+            if taken != reference:
+                apart.append(float((theirs / scale)[reference] - (theirs / scale)[taken]) * float(scale[taken]))
+    return apart
+
+
 def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
     """One row of the table; ValueError where the two did not answer the same requests."""
     ours, theirs = found["answers"], expected["answers"]
-    if ours.shape != theirs.shape:
-        raise ValueError(f"found {len(ours)} answers of {name} in {layout}, expected {len(theirs)}")
+    if found["requests"] != expected["requests"]:
+        raise ValueError(
+            f"found {len(ours)} answers of {name} in {layout}, expected {len(theirs)} to the same requests"
+        )
     tasks, reference = found["document"]["tasks"], expected["document"]["tasks"]
     accuracies = [
         (task, metric) for task in tasks for metric in ("acc", "acc_norm") if metric in tasks[task]["metrics"]
     ]
+    apart = other_choices(found, expected)
     return {
         "model": name,
         "layout": layout,
@@ -189,6 +218,8 @@ def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
             f"{t} {m}" for t, m in accuracies if tasks[t]["metrics"][m] != reference[t]["metrics"][m]
         ],
         "accuracies": len(accuracies),
+        "other_choices": len(apart),
+        "largest_gap": max(apart, default=0.0),
         "seconds": found["seconds"],
         "reference_seconds": expected["seconds"],
     }
@@ -205,18 +236,27 @@ def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Nam
         f" {next(iter(documents.values()))['lm_eval_version']}.\n",
         f"{options.num_layers} layers x {options.hidden_size}, vocabulary {vocab_size:,}, fp32; trained:"
         f" {options.train_steps} steps of 1,024 tokens. {items.capitalize()}. Difference: largest of any request's"
-        " log-likelihood (nats).\n",
-        "| model | layout | requests | difference | greedy differs | accuracies that differ | seconds | hf's seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        " log-likelihood (nats). Other choices: items, by log-likelihood and by log-likelihood per character, of which"
+        " another choice is taken than hf takes; their gap: the most that hf has the two choices apart (nats).\n",
+        "| model | layout | requests | difference | greedy differs | other choices | their gap |"
+        " accuracies that differ | seconds | hf's seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        differing = len(row["different_accuracies"])
-        named = f" ({', '.join(row['different_accuracies'])})" if differing else ""
-        lines.append(
-            f"| {row['model']} | {row['layout']} | {row['requests']:,} | {row['largest_difference']:.1e} |"
-            f" {row['greedy_differs']} | {differing} of {row['accuracies']}{named} | {row['seconds']:.0f} |"
-            f" {row['reference_seconds']:.0f} |"
-        )
+        differing = row["different_accuracies"]
+        cells = [
+            row["model"],
+            row["layout"],
+            f"{row['requests']:,}",
+            f"{row['largest_difference']:.1e}",
+            row["greedy_differs"],
+            row["other_choices"],
+            f"{row['largest_gap']:.1e}" if row["other_choices"] else "",
+            f"{len(differing)} of {row['accuracies']}" + (f" ({', '.join(differing)})" if differing else ""),
+            f"{row['seconds']:.0f}",
+            f"{row['reference_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "What lm-eval's backend found (value of acc_norm where the task has it, else acc):", ""]
     lines += ["| task | items | " + " | ".join(documents) + " |", "| --- | ---: |" + " ---: |" * len(documents)]
     for task in next(iter(documents.values()))["tasks"]:
@@ -226,21 +266,29 @@ def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Nam
     return "\n".join(lines) + "\n"
 
 
-def study(options: argparse.Namespace) -> str:
-    """All models and layouts; returns the page."""
+def study(options: argparse.Namespace, folder: Path) -> str:
+    """All models and layouts, in ``folder``; the page. ValueError where the folder holds the parts of other options."""
+    varying = ("families", "states", "layouts", "work_dir", "output", "model", "layout", "found")
+    given = {name: value for name, value in vars(options).items() if name not in varying}
+    options_file = folder / "options.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options_file.exists():
+        write_json(options_file, given)
+    if read_json(options_file) != given:
+        raise ValueError(f"found parts of {read_json(options_file)} in {folder}, expected {given}: change --work-dir")
     rows, documents = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for family, title in FAMILIES.items():
-            for state in options.states.split(","):
-                steps = {"random": 0, "trained": options.train_steps}[state]
-                name, model = f"{title}, {state}", Path(folder) / f"{family}-{state}"
+    for family in options.families.split(","):
+        for state in options.states.split(","):
+            steps = {"random": 0, "trained": options.train_steps}[state]
+            name, model = f"{FAMILIES[family]}, {state}", folder / f"{family}-{state}"
+            if not (model / "tokenizer_config.json").exists():  # its last file
                 make_model(model, family, steps, options)
-                expected = run_part(options, model, None, Path(folder) / "reference")
-                documents[name] = expected["document"]
-                for layout in options.layouts.split(","):
-                    found = run_part(options, model, layout, Path(folder) / "found")
-                    rows.append(compare(name, layout, found, expected))
-                    print(rows[-1], file=sys.stderr, flush=True)
+            expected = run_part(options, model, None, model / "found-hf")
+            documents[name] = expected["document"]
+            for layout in options.layouts.split(";"):
+                found = run_part(options, model, layout, model / f"found-{layout.replace(' ', '-')}")
+                rows.append(compare(name, layout, found, expected))
+                print(rows[-1], file=sys.stderr, flush=True)
     return markdown(rows, documents, options)
 
 
@@ -256,7 +304,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", default=",".join(TASK_NAMES), help="comma-separated")
     add("--limit", type=int, help="items of each task (default: all)")
     add("--states", default="random,trained", help="weights of the models, comma-separated")
-    add("--layouts", default=",".join(LAYOUTS), help="comma-separated")
+    add("--families", default=",".join(FAMILIES), help="comma-separated")
+    add("--layouts", default=";".join([*LAYOUTS, HALF_BATCH]), help="separated by semicolons")
     add("--num-layers", type=int, default=4, help="of the models")
     add("--hidden-size", type=int, default=64, help="of the models")
     add("--num-attention-heads", type=int, default=4, help="of the models")
@@ -267,6 +316,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=16,
         help="requests in a batch of lm-eval's backend; the target: its half x 1,024",
     )
+    add("--work-dir", help="keeps what is finished, of these very options (default: a temporary folder)")
     add("--output", help="Markdown file to write; the page is printed in any case")
     for name in ("--model", "--layout", "--found"):
         add(name, help=argparse.SUPPRESS)  # of the processes that this one starts
@@ -282,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.tokenizer_model or not options.text:
             raise ValueError("found no --tokenizer-model or no --text, expected both")
-        page = study(options)
+        with tempfile.TemporaryDirectory() as temporary:
+            page = study(options, Path(options.work_dir or temporary))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"evaluation_parity: {error}", file=sys.stderr)
         return 1

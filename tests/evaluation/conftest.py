@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the [eval] extra")
 
-from megatron_bliss.evaluation import evaluate_tasks  # noqa: E402
 from tests.evaluation import worlds  # noqa: E402
+
+SOME_ITEMS = 16
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,18 @@ class World:
     answers: dict[str, list]
     documents: dict[str, dict]
 
+    @property
+    def some(self) -> list:
+        """The requests of some items of every task, for what need not be asked of all."""
+        return [request for request in self.requests if request.doc_id < SOME_ITEMS]
 
-def huggingface_reference(folder: Path, batch_size: int = 8):
+    def some_answers(self, name: str) -> list:
+        """What lm-eval's model answers to ``some``."""
+        pairs = zip(self.requests, self.answers[name], strict=True)
+        return [answer for request, answer in pairs if request.doc_id < SOME_ITEMS]
+
+
+def huggingface_reference(folder: Path, batch_size: int = 64):
     """lm-eval's own ``hf`` model on the CPU in fp32."""
     from lm_eval.models.huggingface import HFLM
 
@@ -45,6 +56,5 @@ def world(tmp_path_factory) -> World:
         steps = 40 if state == "trained" else 0
         models[name] = worlds.save_model(folder / name, tokenizer, family, train_steps=steps)
         reference = huggingface_reference(models[name])
-        answers[name] = reference.loglikelihood(requests, disable_tqdm=True)
-        documents[name] = evaluate_tasks(reference, worlds.all_tasks(), data_dir, allow_unknown_data=True)
+        answers[name], documents[name] = worlds.recorded_run(reference, data_dir)
     return World(data_dir, models, requests, answers, documents)

@@ -8,7 +8,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel, evaluate_tasks
+from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout
 from megatron_bliss.models.huggingface import open_huggingface
 from megatron_bliss.models.transformer import build_lm
@@ -55,19 +55,21 @@ def some_texts() -> list[Instance]:
 
 
 def check_model(model, world: World, name: str) -> None:
-    assert_same_answers(model.loglikelihood(world.requests), world.answers[name])
-    found = evaluate_tasks(model, worlds.all_tasks(), world.data_dir, allow_unknown_data=True)
-    assert_same_results(found, world.documents[name])
+    answers, document = worlds.recorded_run(model, world.data_dir)
+    assert_same_answers(answers, world.answers[name])
+    assert_same_results(document, world.documents[name])
 
 
 def test_there_is_something_to_get_wrong(world: World) -> None:
     tokenizer = load_tokenizer("huggingface", world.models["neox_random"])
     lengths = [len(tokens) for tokens in tokenizer.encode_batch([request.args[0] for request in world.requests])]
-    assert len(lengths) > 500 and max(lengths) > worlds.MAX_LENGTH > min(lengths)
+    assert len(lengths) == len(world.answers["neox_random"]) > 30 * worlds.ITEMS and max(
+        lengths
+    ) > worlds.MAX_LENGTH > min(lengths)
     random, trained = (world.documents[f"neox_{state}"]["tasks"]["cloze"]["metrics"] for state in ("random", "trained"))
     assert trained["perplexity"] < random["perplexity"] / 10
     for name in TRAINED:
-        assert 5 < sum(greedy for _, greedy in world.answers[name]) < 500
+        assert 0.01 < np.mean([greedy for _, greedy in world.answers[name]]) < 0.8
         assert 0 < world.documents[name]["average"] < 1
 
 
@@ -91,8 +93,8 @@ def test_proxy_and_export(world: World, name: str) -> None:
     folder = world.models[name]
     exported = HuggingFaceModel(folder, batch_tokens=200)
     assert exported.max_length == worlds.MAX_LENGTH
-    assert_same_answers(exported.loglikelihood(world.requests), world.answers[name])
-    assert_same_answers(proxy(folder).loglikelihood(world.requests), world.answers[name])
+    assert_same_answers(exported.loglikelihood(world.some), world.some_answers(name))
+    assert_same_answers(proxy(folder).loglikelihood(world.some), world.some_answers(name))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -126,7 +128,7 @@ def test_add_bos(world: World) -> None:
     from lm_eval.models.huggingface import HFLM
 
     pairs = [("aa bb", " cc"), ("", "aa bb"), ("<|endoftext|>cc", " dd")]
-    requests = as_requests(pairs) + world.requests[::7]
+    requests = as_requests(pairs) + world.some
     folder = world.models["llama_trained"]
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
     plain = reference.tokenizer.encode

@@ -54,24 +54,16 @@ def test_whole_vocabulary() -> None:
     check_vocabulary(found.log_likelihoods.tolist(), found.best.tolist())
 
 
-def recorded_run(model, data_dir, groups) -> tuple[list, dict]:
-    """Per-request answers and the document of one evaluation of all tasks."""
-    answers, ask = [], model.loglikelihood
-    model.loglikelihood = lambda requests, **_: answers.extend(ask(requests)) or list(answers)
-    document = evaluate_tasks(model, worlds.all_tasks(), data_dir, groups=groups, allow_unknown_data=True)
-    return answers, document
-
-
 def run_layouts(rank: int, size: int, layouts: list, folders: dict, data_dir, pairs: list) -> dict:
-    """On this rank: NeoX in an evaluation, and its texts; the answers of LLaMA and of a proxy."""
+    """On this rank: NeoX and LLaMA in an evaluation, NeoX's texts, the answers of a proxy."""
     found, requests = {}, as_requests(pairs)
     for sizes in layouts:
         with grouped(layout(*sizes)) as groups:
             model = worlds.target_model(folders["neox_trained"], layout(*sizes), groups, BATCH_TOKENS)
-            answers, document = recorded_run(model, data_dir, groups)
+            answers, document = worlds.recorded_run(model, data_dir, groups)
             rolling, texts = model.loglikelihood_rolling(some_texts()), model.generate_until(some_generations(3))
             model = worlds.target_model(folders["llama_trained"], layout(*sizes), groups, BATCH_TOKENS)
-            found[sizes] = answers, document, rolling, texts, model.loglikelihood(requests)
+            found[sizes] = answers, document, rolling, texts, worlds.recorded_run(model, data_dir, groups)
     with grouped(layout()) as groups:
         found["proxy"] = proxy(folders["neox_trained"], groups).loglikelihood(requests)
         found["error"] = error_of_one_rank(rank, groups, data_dir)
@@ -99,11 +91,11 @@ def split_vocabulary(rank: int) -> list[list]:
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_target_in_parallel_layouts(world: World, size: int) -> None:
     folders = {name: world.models[name] for name in TRAINED}
-    pairs = [request.args for request in world.requests]
+    pairs = [request.args for request in world.some]
     ranks = run_distributed(run_layouts, size, LAYOUTS[size], folders, world.data_dir, pairs)
     (found, *others) = ranks
     assert all(other == found for other in others)
-    assert_same_answers(found.pop("proxy"), world.answers["neox_trained"])
+    assert_same_answers(found.pop("proxy"), world.some_answers("neox_trained"))
     error = found.pop("error")
     assert "rank 1: " in error and "expected 1838 rows" in error
     check_vocabulary(*found.pop("vocabulary"))
@@ -112,8 +104,9 @@ def test_target_in_parallel_layouts(world: World, size: int) -> None:
         alone = worlds.target_model(folders["neox_trained"], layout(), groups, BATCH_TOKENS)
         expected_rolling = alone.loglikelihood_rolling(some_texts())
         expected_texts = alone.generate_until(some_generations(3))
-    for answers, document, rolling, texts, answers_of_llama in found.values():
+    for answers, document, rolling, texts, of_llama in found.values():
         assert_same_answers(answers, world.answers["neox_trained"])
         assert_same_results(document, world.documents["neox_trained"])
-        assert_same_answers(answers_of_llama, world.answers["llama_trained"])
+        assert_same_answers(of_llama[0], world.answers["llama_trained"])
+        assert_same_results(of_llama[1], world.documents["llama_trained"])
         assert rolling == pytest.approx(expected_rolling, abs=TOLERANCE) and texts == expected_texts

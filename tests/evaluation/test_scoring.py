@@ -21,7 +21,7 @@ def answers(world: World, batch_tokens: int, share: bool = True) -> list:
     with grouped(layout()) as groups:
         model = worlds.target_model(world.models["neox_trained"], layout(), groups, batch_tokens)
         model.backbone.shares_beginnings = share
-        return model.loglikelihood(world.requests)
+        return model.loglikelihood(world.some)
 
 
 def test_two_runs_are_bit_equal_and_batches_change_rounding_only(world: World) -> None:
@@ -35,7 +35,7 @@ def test_two_runs_are_bit_equal_and_batches_change_rounding_only(world: World) -
 def test_order_of_requests_does_not_change_their_answers(world: World) -> None:
     with grouped(layout()) as groups:
         model = worlds.target_model(world.models["neox_trained"], layout(), groups)
-        assert model.loglikelihood(world.requests[::-1]) == model.loglikelihood(world.requests)[::-1]
+        assert model.loglikelihood(world.some[::-1]) == model.loglikelihood(world.some)[::-1]
 
 
 def test_shared_beginnings_are_computed_once(world: World, monkeypatch) -> None:
@@ -82,16 +82,16 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bits(world: World, t
         model.request_cache = tmp_path / "cache"
         monkeypatch.setattr(scoring_module, "_score_wave", dying)
         with pytest.raises(Killed):
-            model.loglikelihood(world.requests)
+            model.loglikelihood(world.some)
         monkeypatch.setattr(scoring_module, "_score_wave", lambda *a: waves.append(a[1]) or original(*a))
-        assert model.loglikelihood(world.requests) == whole
+        assert model.loglikelihood(world.some) == whole
         total = len(waves)
         assert total > 15
         (tmp_path / "cache" / "requests-0.json").write_text("{}")
-        assert model.loglikelihood(world.requests) == whole and len(waves) == total, "all from the cache"
+        assert model.loglikelihood(world.some) == whole and len(waves) == total, "all from the cache"
         other = worlds.target_model(world.models["neox_random"], layout(), groups)
         other.request_cache = tmp_path / "cache"
-        assert other.loglikelihood(world.requests[:20]) != whole[:20], "another model's requests are others"
+        assert other.loglikelihood(world.some[:20]) != whole[:20], "another model's requests are others"
 
 
 def test_a_damaged_cache_file_is_warned_of(world: World, tmp_path) -> None:
@@ -108,7 +108,7 @@ def test_nan_weights_are_an_error(world: World) -> None:
         model = worlds.target_model(world.models["neox_trained"], layout(), groups)
         model.backbone.target[0].decoder.final_layernorm.weight.data.fill_(torch.nan)
         with pytest.raises(FloatingPointError, match="not finite"):
-            model.loglikelihood(world.requests[:3])
+            model.loglikelihood(world.some[:3])
 
 
 def test_what_is_refused(world: World) -> None:
@@ -142,7 +142,7 @@ def test_progress_is_shown_with_what_is_left(world: World, capsys, monkeypatch) 
         model = worlds.target_model(world.models["neox_trained"], layout(), groups)
         evaluate_tasks(model, ["cloze"], world.data_dir, show_progress=True)
     lines = capsys.readouterr().err
-    assert "evaluate  16/16 requests" in lines and "ETA" in lines and not model.show_progress
+    assert f"evaluate  {worlds.ITEMS}/{worlds.ITEMS} requests" in lines and "ETA" in lines and not model.show_progress
 
 
 def test_a_target_keeps_its_gradients_and_mode(world: World) -> None:
@@ -151,6 +151,6 @@ def test_a_target_keeps_its_gradients_and_mode(world: World) -> None:
         model = worlds.target_model(world.models["neox_trained"], layout(), groups)
         (chunk,) = model.backbone.target
         before = {name: parameter.clone() for name, parameter in chunk.named_parameters()}
-        model.loglikelihood(world.requests[:10])
+        model.loglikelihood(world.some[:10])
         assert chunk.training and all(parameter.grad is None for parameter in chunk.parameters())
         assert all(torch.equal(before[name], parameter) for name, parameter in chunk.named_parameters())

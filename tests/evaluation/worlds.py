@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.evaluation import TASK_NAMES, TargetModel
+from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks
 from megatron_bliss.evaluation.data_files import STEMS, read_task
 from megatron_bliss.evaluation.tasks import make_task, without_progress_bars
 from megatron_bliss.models.convert import huggingface_layout, reader, target_layout
@@ -23,7 +23,7 @@ from megatron_bliss.models.target import build_target
 from megatron_bliss.models.target_weights import load_full_weights
 from tests.targets import LLAMA, NEOX
 
-ITEMS = 16
+ITEMS = 200
 VOCAB_SIZE = 500
 MAX_LENGTH = 48
 """Shorter than some prompts: they are cut on the left."""
@@ -128,6 +128,21 @@ def make_requests(data_dir: Path, folder: Path, tasks: list[str] | None = None) 
             task.build_all_requests(rank=0, world_size=1)
             requests += task.instances
     return requests
+
+
+def recorded_run(model, data_dir: Path, groups=None) -> tuple[list, dict]:
+    """One evaluation of all tasks: the answers to its requests, in order, and its document."""
+    answers, ask = [], model.loglikelihood
+
+    def asking(requests: list, **options) -> list:
+        found = ask(requests, **options)
+        answers.extend(found)
+        return found
+
+    model.loglikelihood = asking
+    document = evaluate_tasks(model, all_tasks(), data_dir, groups=groups, allow_unknown_data=True)
+    model.loglikelihood = ask
+    return answers, document
 
 
 def train_tokenizer(folder: Path) -> Path:
