@@ -15,7 +15,10 @@ def main() -> int:
 
     groups = parallel.initialize(config.platform, config.target, config.seed)
     try:
-        check_layout(config, world_size=groups.world_size, data_parallel_size=groups.data_parallel_size)
+        sizes = {"world_size": groups.world_size, "data_parallel_size": groups.data_parallel_size}
+        warnings = check_layout(config, **sizes)
+        for warning in warnings if groups.is_main else []:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         rounds.run(config, groups)
     finally:
         parallel.destroy()

@@ -62,19 +62,27 @@ def check(config: Config) -> None:
         check_evaluation(config.evaluation, config.data.train_prefix)
 
 
-def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> None:
-    """Refuse batch sizes that the ranks cannot share."""
+def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> list[str]:
+    """Refuse a target's batch that its replicas cannot share; warnings of small models' batches that leave ranks idle.
+
+    Proxy and score model are data-parallel over all ranks. One that has no sample takes part in the sums with none.
+    """
     training = config.pretraining
     if training.global_batch_size % (training.micro_batch_size * data_parallel_size):
         raise ValueError(
             f"found pretraining.global_batch_size {training.global_batch_size}, expected a multiple of "
             f"pretraining.micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
         )
+    warnings = []
     for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
         if value < world_size:
-            raise ValueError(f"found {name} {value} on {world_size} ranks, expected at least one sample per rank")
+            warnings.append(
+                f"{name} {value} on {world_size} ranks leaves {world_size - value} of them without a sample: a batch "
+                f"of {world_size} costs no more time"
+            )
+    return warnings
 
 
 def to_dict(config: Config) -> dict:

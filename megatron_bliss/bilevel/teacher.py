@@ -68,10 +68,12 @@ class TargetTeacher:
         group = self.groups.model_parallel_group
         shapes = all_gather(torch.tensor(tokens.shape, device=tokens.device), group)
         counts, widths = shapes.t().tolist()
-        padded = F.pad(tokens, (0, max(widths) - tokens.shape[1], 0, max(counts) - tokens.shape[0]))
-        gathered = all_gather(padded, group)
         ends = torch.tensor(counts).cumsum(0).tolist()
         rows = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        if not sum(counts):
+            return tokens, rows
+        padded = F.pad(tokens, (0, max(widths) - tokens.shape[1], 0, max(counts) - tokens.shape[0]))
+        gathered = all_gather(padded, group)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]), rows
 
     def _hand_out(self, hidden_states: Tensor | None, seq_length: int, rows: list[slice]) -> Tensor:

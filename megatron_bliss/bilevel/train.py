@@ -152,8 +152,11 @@ class BilevelTrainer:
         return self.score_optimizer.step(upper)[0]
 
     def check_precision(self) -> list[str]:
-        """Hold one product on a slice of the first batch against fp64; warnings, or ``ValueError`` if it is wrong."""
-        batch = self.train.at(0).to(self.world.device).slice(0, SLICE_SAMPLES)
+        """Hold one product on the first samples against fp64; warnings, or ``ValueError`` if it is wrong.
+
+        The same samples on every rank, which need not have any of its own.
+        """
+        batch = self.train.source.batch(self.train.order.ids(0, SLICE_SAMPLES)).to(self.world.device)
         return precision_warnings(self.proxy, batch, DTYPES[self.config.params_dtype], self.config.curvature)
 
     def watch(self, values: dict[str, float]) -> list[str]:
@@ -326,7 +329,7 @@ def _split(
     """Samples at once and whether blocks are recomputed: as asked for, or the largest split under the memory limit."""
     if not config.memory_limit_gib:
         return config.micro_batch_size, None
-    samples = max(schedule.stop - schedule.start for schedule in (train, validation))
+    samples = max(1, *(schedule.stop - schedule.start for schedule in (train, validation)))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
     plan = plan_step(
         proxy.architecture,

@@ -133,14 +133,14 @@ def rank_share(count: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 class BatchSchedule:
-    """The batches of one rank: ``at(step)`` is its share of the global batch of that step."""
+    """The batches of one rank: ``at(step)`` is its share of the global batch of that step.
+
+    Where there are more ranks than samples, some have none: their batches are [0, 0].
+    """
 
     def __init__(self, source: BatchSource, global_batch_size: int, *, seed: int, rank: int, world_size: int) -> None:
-        if global_batch_size < world_size:
-            raise ValueError(
-                f"found a global batch of {global_batch_size} samples for {world_size} ranks, expected at least one "
-                "sample per rank: raise the batch size or use fewer ranks"
-            )
+        if global_batch_size < 1:
+            raise ValueError(f"found a global batch of {global_batch_size} samples, expected at least one")
         self.source, self.global_batch_size = source, global_batch_size
         self.order = SampleOrder(len(source), seed)
         self.start, self.stop = rank_share(global_batch_size, rank, world_size)

@@ -229,7 +229,11 @@ def last_stage_hidden_states(
     sequence_parallel = target[0].config.sequence_parallel
     multiple = groups.tensor_model_parallel_size if sequence_parallel else 1
     rows, seq_length = tokens.shape
-    micro_batch_size = max(1, min(micro_batch_size, rows))
+    if not rows:  # no rank of this replica has a sample: there is nothing to send through the stages
+        shape = (0, seq_length, target[0].config.hidden_size)
+        dtype = target[0].config.params_dtype
+        return torch.empty(shape, dtype=dtype, device=groups.device) if groups.is_last_pipeline_stage else None
+    micro_batch_size = min(micro_batch_size, rows)
     # Every micro-batch of a pipeline has one shape; padding on the right changes nothing before it.
     padded = F.pad(tokens, (0, -seq_length % multiple, 0, -rows % micro_batch_size))
 
@@ -243,10 +247,6 @@ def last_stage_hidden_states(
     parts = forward_only(target, [(part, None) for part in padded.split(micro_batch_size)], collect, groups)
     if not groups.is_last_pipeline_stage:
         return None
-    if not parts:
-        return torch.empty(
-            0, seq_length, target[0].config.hidden_size, dtype=target[0].config.params_dtype, device=groups.device
-        )
     return torch.cat(parts)[:rows, :seq_length]
 
 

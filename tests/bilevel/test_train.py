@@ -50,11 +50,11 @@ class RandomUnits:
     def batch(self, ids: np.ndarray) -> Batch:
         ids = torch.from_numpy(ids)
         lengths = self.lengths[ids]
-        mask = language_model_mask(lengths, LENGTH)
+        width = int(lengths.max()) if len(ids) else 0
+        mask, positions = language_model_mask(lengths, width), torch.arange(width)[None, :]
         if self.last is not None:
-            mask &= torch.arange(LENGTH)[None, :] >= (lengths - self.last)[:, None]
-        real = torch.arange(LENGTH)[None, :] < lengths[:, None]
-        return Batch(self.tokens[ids] * real, mask, lengths, ids)
+            mask &= positions >= (lengths - self.last)[:, None]
+        return Batch(self.tokens[ids, :width] * (positions < lengths[:, None]), mask, lengths, ids)
 
 
 def make_trainer(
@@ -101,6 +101,7 @@ VARIANTS = {
     "micro-batches of 3": dataclasses.replace(CONFIG, micro_batch_size=3),
     "hessian": dataclasses.replace(CONFIG, curvature="hessian"),
     "conjugate gradient": dataclasses.replace(CONFIG, solver="conjugate_gradient", solver_steps=3),
+    "fewer samples than ranks": dataclasses.replace(CONFIG, global_batch_size=3, validation_batch_size=1),
 }
 
 
