@@ -29,9 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bliss.bilevel.head import Teacher, evaluate_head, head_curvature, head_gradient, head_tangent
+from megatron_bliss.bilevel.memory import keeps_graph
 from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, check_direction, lower_level
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
-from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk, forward_only, keeps_graph
+from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk, forward_only
 from megatron_bliss.models.transformer import LanguageModel
 
 CURVATURES = ("hessian", "gauss_newton")
@@ -208,7 +209,7 @@ def _gradient_pass(model: LanguageModel, part: tuple, lower: LowerLevel, sums: _
     micro, (total,) = MicroBatch(model, part, lower), sums.vectors
     scene = micro.scene(model, gradient=total)
     x = micro.embed(scene, dual=False)
-    keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=False, recompute=lower.recompute)
+    keep = keeps_graph(scene.arch, micro.tokens.numel(), x, dual=False, recompute=lower.recompute)
     walk = Walk(scene, keep=keep)
     rows = micro.select(walk.forward(x)).requires_grad_()
     leaves = walk.leaves("final_norm.")
@@ -227,7 +228,7 @@ def _curvature_pass(
     micro, (total, product) = MicroBatch(model, part, lower), sums.vectors
     scene = micro.scene(model, vector=direction, gradient=total, product=product, gauss_newton=gauss_newton)
     x = micro.embed(scene, dual=True)
-    keep = keeps_graph(scene.arch, micro.tokens.numel(), x.element_size(), dual=True, recompute=lower.recompute)
+    keep = keeps_graph(scene.arch, micro.tokens.numel(), x, dual=True, recompute=lower.recompute)
     walk = GaussNewtonWalk(scene) if gauss_newton and not keep else DualWalk(scene, keep=keep)
     rows = micro.select(walk.forward(x)).requires_grad_()
     with torch.enable_grad():

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_bliss.bilevel.head import chunk_size
 from megatron_bliss.models.presets import Architecture, parameter_count
@@ -21,6 +22,10 @@ from megatron_bliss.models.presets import Architecture, parameter_count
 GIB = 2**30
 VECTORS = 3
 """Vectors in the proxy's parameter space that live at once during the walk, in the precision of sums."""
+KEPT_BYTES = 512 * 2**20
+"""Without a memory limit, blocks' graphs are kept for the way back when they take less than this on a CPU."""
+KEPT_SHARE = 1 / 16
+"""The same on a GPU: the share of its memory, where the target and its optimiser may lie beside the walk."""
 BLOCK_FACTOR = 2
 """A block's backward pass holds adjoints beside the activations they belong to."""
 
@@ -35,9 +40,26 @@ class StepPlan:
 
 
 def block_elements(arch: Architecture) -> int:
-    """Elements that one block's graph keeps per token, for plain values."""
+    """Elements that one block's graph keeps per token, for plain values; twice as many for dual ones."""
     ffn_tensors = 2 if arch.architecture == "gpt_neox" else 4
     return 5 * arch.hidden_size + 2 * arch.query_key_value_size + ffn_tensors * arch.ffn_hidden_size
+
+
+def keeps_graph(arch: Architecture, tokens: int, x: Tensor, *, dual: bool, recompute: bool | None) -> bool:
+    """Whether the blocks' graphs over ``tokens`` tokens are kept for the way back, for activations like ``x``.
+
+    ``recompute`` None decides by their estimated size, so that the same step on the same device always does the same.
+    """
+    if recompute is not None:
+        return not recompute
+    elements = (2 if dual else 1) * arch.num_layers * block_elements(arch) * tokens
+    return elements * x.element_size() <= _kept_bytes(x.device)
+
+
+def _kept_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return max(KEPT_BYTES, int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE))
 
 
 def step_bytes(

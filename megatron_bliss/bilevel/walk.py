@@ -18,9 +18,6 @@ from megatron_bliss.models.operations import Rotary, Values
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.transformer import BLOCKS, block_prefixes
 
-KEEP_BYTES = 512 * 2**20
-"""Graphs are kept for the way back when they are estimated to take less than this; else blocks are recomputed."""
-
 
 @dataclass
 class Scene:
@@ -49,16 +46,6 @@ class Scene:
     def block(self) -> Callable:
         """The block function of the family."""
         return BLOCKS[self.arch.architecture]
-
-
-def keeps_graph(arch: Architecture, tokens: int, element_size: int, *, dual: bool, recompute: bool | None) -> bool:
-    """Whether the blocks' graphs over ``tokens`` tokens are kept; ``recompute`` None decides by estimated size."""
-    if recompute is not None:
-        return not recompute
-    width, ffn = arch.hidden_size, arch.ffn_hidden_size
-    ffn_tensors = 3 if arch.architecture == "gpt_neox" else 5
-    per_block = (5 * width + 2 * arch.query_key_value_size + ffn_tensors * ffn) * (2 if dual else 1)
-    return arch.num_layers * per_block * tokens * element_size <= KEEP_BYTES
 
 
 def forward_only(scene: Scene, x: Tensor) -> Tensor:
