@@ -123,6 +123,8 @@ def _check_sizes(config: Config) -> None:
         "bilevel.global_batch_size": config.bilevel.global_batch_size,
         "bilevel.solver_steps": config.bilevel.solver_steps,
         "scoring.micro_batch_size": config.scoring.micro_batch_size,
+        "baselines.dsir.buckets": config.baselines.dsir.buckets,
+        "baselines.dsir.max_ngram": config.baselines.dsir.max_ngram,
         "pretraining.warmup_iters": config.pretraining.warmup_iters,
         "pretraining.train_iters": config.pretraining.train_iters,
         "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
@@ -143,6 +145,8 @@ def _check_sizes(config: Config) -> None:
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:
             raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
+    if config.baselines.dsir.noise < 0:
+        raise ValueError(f"found baselines.dsir.noise {config.baselines.dsir.noise}, expected 0 or more")
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):

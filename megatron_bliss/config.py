@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+from megatron_bliss.baselines_config import BaselinesConfig
+
 
 @dataclass(frozen=True)
 class PlatformConfig:
@@ -347,7 +349,7 @@ class Config:
     seed: int = 1234
     """Seed of initial weights, data order and random selection."""
     arms: str = "bliss,random"
-    """Comma-separated selection methods, each with its own target: bliss, random."""
+    """Comma-separated selection methods, each with its own target: bliss, random, dsir."""
     rounds: int = 4
     """R, rounds of [bilevel, score, select, pretrain, evaluate] after the warm-up."""
     stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"]] = None
@@ -363,6 +365,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

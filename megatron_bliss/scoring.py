@@ -6,7 +6,7 @@ pass goes on where it was and the scores do not depend on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +37,36 @@ def score_units(
 
     Raises ``FloatingPointError`` naming the units when a score is not finite.
     """
+    score_blocks(
+        lambda ids: _score_block(model, source, ids, micro_batch_size, device),
+        len(source),
+        folder,
+        rank=rank,
+        world_size=world_size,
+        show_progress=show_progress,
+        description=description,
+    )
+
+
+def score_blocks(
+    score: Callable[[np.ndarray], np.ndarray],
+    num_units: int,
+    folder: Path,
+    *,
+    rank: int,
+    world_size: int,
+    show_progress: bool,
+    description: str,
+) -> None:
+    """:func:`score_units` by any function from unit ids (int64 [n], in order) to scores (float32 [n])."""
     folder.mkdir(parents=True, exist_ok=True)
-    bounds = list(_block_bounds(len(source)))[rank::world_size]
+    bounds = list(_block_bounds(num_units))[rank::world_size]
     count = sum(stop - start for start, stop in bounds)
     with progress(count, description=description, unit="units", enabled=show_progress) as bar:
         for start, stop in bounds:
             path = _block_path(folder, start, stop)
             if not path.is_file():
-                save_array(path, _score_block(model, source, start, stop, micro_batch_size, device))
+                save_array(path, score(np.arange(start, stop)))
             bar.update(stop - start)
 
 
@@ -68,11 +90,11 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _score_block(
-    model: ScoreModel, source: BatchSource, start: int, stop: int, micro_batch_size: int, device: torch.device
+    model: ScoreModel, source: BatchSource, ids: np.ndarray, micro_batch_size: int, device: torch.device
 ) -> np.ndarray:
     parts = []
-    for first in range(start, stop, micro_batch_size):
-        batch = source.batch(np.arange(first, min(first + micro_batch_size, stop))).to(device)
+    for first in range(0, len(ids), micro_batch_size):
+        batch = source.batch(ids[first : first + micro_batch_size]).to(device)
         with torch.no_grad():
             scores = model(batch.tokens, batch.lengths).float()
         if not torch.isfinite(scores).all():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss import checkpoint
-from megatron_bliss.baselines import BASELINES
+from megatron_bliss.baselines import BASELINES, Inputs, Scores
 from megatron_bliss.bilevel.loop import run_steps
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
@@ -96,40 +96,74 @@ def _validation_losses(session: Session, arm: str, round_number: int) -> list[fl
 
 def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> dict:
     """Give every unit of this round's shard a score, by the score model or by the arm's baseline."""
-    config, groups, prefix = session.config, session.groups, shard_prefix(session, round_number)
-    source = UnitDataset(prefix, config.data.seq_length)
-    settings, flops = {"corpus_digest": corpus_digest(prefix), "arm": arm, "round": round_number}, 0.0
-    blocks = folder / "blocks"
-    if arm == "bliss":
-        bilevel_folder = session.folder.stage_folder(arm, round_number, "bilevel")
-        session.folder.require(bilevel_folder, "score")
-        state_path = bilevel_folder / FINAL_STATE
-        settings |= {"model_digest": sha256_file(state_path), "activation": config.score.activation}
-        blocks = folder / f"blocks-{settings['model_digest'][:12]}"  # those of another model are not taken for ours
-        model = _new_score_model(session, None)
-        model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
-        with failing_together(groups):
-            score_units(
-                model,
-                source,
-                blocks,
-                micro_batch_size=config.scoring.micro_batch_size,
-                rank=groups.rank,
-                world_size=groups.world_size,
-                device=groups.device,
-                show_progress=session.show_progress,
-                description=f"round {round_number} score",
-            )
-        tokens = read_manifest(prefix)["counts"]["tokens"]
-        flops = tokens * trunk_flops_per_token(session.proxy_architecture, config.data.seq_length)
+    prefix = shard_prefix(session, round_number)
+    source, parts = UnitDataset(prefix, session.config.data.seq_length), folder / "parts"
+    score = _score_by_model if arm == "bliss" else _score_by_baseline
+    scores = score(session, parts, arm, round_number, source)
+    with failing_together(session.groups):
+        if session.groups.is_main:
+            settings = {"corpus_digest": corpus_digest(prefix), "arm": arm, "round": round_number}
+            save_array(folder / "scores.npy", scores.values)
+            write_json(folder / "scores.json", settings | scores.settings)
+            shutil.rmtree(parts, ignore_errors=True)
+    return {"flops": scores.flops}
+
+
+def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
+    """One forward pass of the round's score model."""
+    config, groups = session.config, session.groups
+    bilevel_folder = session.folder.stage_folder(arm, round_number, "bilevel")
+    session.folder.require(bilevel_folder, "score")
+    state_path = bilevel_folder / FINAL_STATE
+    settings = {"model_digest": sha256_file(state_path), "activation": config.score.activation}
+    blocks = parts / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
+    model = _new_score_model(session, None)
+    model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
     with failing_together(groups):
-        if groups.is_main:
-            seed = derive_seed(config.seed, "score", arm, round_number)
-            scores = gather_scores(blocks, len(source)) if arm == "bliss" else BASELINES[arm](len(source), seed)
-            save_array(folder / "scores.npy", scores)
-            write_json(folder / "scores.json", settings)
-            shutil.rmtree(blocks, ignore_errors=True)
-    return {"flops": flops}
+        score_units(
+            model,
+            source,
+            blocks,
+            micro_batch_size=config.scoring.micro_batch_size,
+            rank=groups.rank,
+            world_size=groups.world_size,
+            device=groups.device,
+            show_progress=session.show_progress,
+            description=f"round {round_number} score",
+        )
+    tokens = source.corpus.num_tokens
+    flops = tokens * trunk_flops_per_token(session.proxy_architecture, config.data.seq_length)
+    with failing_together(groups):  # by now every rank has written its blocks
+        return Scores(gather_scores(blocks, len(source)) if groups.is_main else None, settings, flops)
+
+
+def _score_by_baseline(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
+    """The arm's own method on the same shard and guiding set."""
+    config = session.config
+    inputs = Inputs(
+        source=source,
+        reference=open_labelled(guiding_prefix(session), config.data.seq_length),
+        eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
+        seed=derive_seed(config.seed, "score", arm, round_number),
+        folder=parts,
+        groups=session.groups,
+        micro_batch_size=config.scoring.micro_batch_size,
+        show_progress=session.show_progress,
+        description=f"round {round_number}",
+        load_target=lambda: load_saved_target(session, target_checkpoint(session, arm, round_number - 1)),
+        new_score_model=lambda: _new_regressor(session, arm, round_number),
+    )
+    return BASELINES[arm](config.baselines, inputs)
+
+
+def _new_regressor(session: Session, arm: str, round_number: int) -> ScoreModel:
+    """A score model without activation on the warmed-up proxy's trunk."""
+    proxy = _saved_proxy(session, session.folder.stage_folder("shared", 0, "proxy"), "score")
+    config = dataclasses.replace(session.config.score, activation="identity", head_init_std=0.0)
+    seed = derive_seed(session.config.seed, "regressor", arm, round_number)
+    return build_score_model(
+        config, session.proxy_architecture, seed=seed, trunk_from=proxy, device=session.groups.device
+    )
 
 
 def select_units(session: Session, folder: Path, arm: str, round_number: int) -> dict:
@@ -171,11 +205,16 @@ def _new_proxy(session: Session) -> LanguageModel:
 
 def _start_proxy(session: Session, arm: str, round_number: int) -> LanguageModel:
     """The proxy a round starts from: its warm-up, or the last round's where the options say so."""
-    proxy = _new_proxy(session)
     folder = session.folder.stage_folder("shared", 0, "proxy")
     if not session.config.proxy.restart_each_round and round_number > 1:
         folder = session.folder.stage_folder(arm, round_number - 1, "bilevel")
-    session.folder.require(folder, "bilevel")
+    return _saved_proxy(session, folder, "bilevel")
+
+
+def _saved_proxy(session: Session, folder: Path, needed_for: str) -> LanguageModel:
+    """The proxy as a finished stage left it."""
+    session.folder.require(folder, needed_for)
+    proxy = _new_proxy(session)
     proxy.load_state_dict(checkpoint.load_state(folder / FINAL_STATE)["proxy"])
     return proxy
 

@@ -1,6 +1,10 @@
-"""Selection methods to compare with: each gives a corpus scores as ``scoring.py`` does, so selection is the same."""
+"""Selection methods to compare with: each gives a shard scores as ``scoring.py`` does, so selection is the same."""
 
+from megatron_bliss.baselines.dsir import dsir_scores
+from megatron_bliss.baselines.inputs import Inputs, Scores
 from megatron_bliss.baselines.random import random_scores
 
-BASELINES = {"random": random_scores}
-"""name -> function(num_units, seed) -> float32 scores, one per unit."""
+BASELINES = {"random": random_scores, "dsir": dsir_scores}
+"""name -> function(BaselinesConfig, Inputs) -> Scores, called on every rank."""
+
+__all__ = ["BASELINES", "Inputs", "Scores"]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_bliss.baselines.inputs import Inputs, Scores
+from megatron_bliss.baselines_config import BaselinesConfig
 
-def random_scores(num_units: int, seed: int) -> np.ndarray:
-    """Independent uniform scores (float32 [num_units]): the units with the highest ones are a uniform random subset."""
-    return np.random.Generator(np.random.PCG64(seed)).random(num_units, dtype=np.float32)
+
+def random_scores(config: BaselinesConfig, inputs: Inputs) -> Scores:
+    """Independent uniform scores: the units with the highest ones are a uniform random subset."""
+    generator = np.random.Generator(np.random.PCG64(inputs.seed))
+    return Scores(generator.random(len(inputs.source), dtype=np.float32))
