@@ -106,7 +106,7 @@ def test_slurm_logs_lie_where_the_job_is_submitted(script: str) -> None:
 
 def test_slurm_starts_one_launcher_a_node_with_all_of_its_cores(tmp_path: Path) -> None:
     """What srun would be given, seen by stand-ins for Slurm's commands."""
-    for name, script in {"srun": 'printf "%s\\n" "$@"', "scontrol": "echo node7; echo node8"}.items():
+    for name, script in {"srun": 'printf "%s\\n" "$MASTER_ADDR" "$@"', "scontrol": "echo node7; echo node8"}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"NNODES": "2", "JOB_ID": "41000", "JOB_NODELIST": "node[7-8]", "GPUS_ON_NODE": "4", "CPUS_PER_TASK": "48"}
@@ -114,7 +114,7 @@ def test_slurm_starts_one_launcher_a_node_with_all_of_its_cores(tmp_path: Path) 
     command = ["bash", str(EXAMPLES / "slurm/pretrain.sbatch"), "pythia_1b_c4", "--rounds", "2"]
     words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=48"} <= set(words)
-    assert words[-5:-1] == ["launch", "pythia_1b_c4", "--rounds", "2"]
+    assert words[0] == "node7" and words[-5:-1] == ["launch", "pythia_1b_c4", "--rounds", "2"]
 
 
 def test_settings_are_the_papers(prefix: str) -> None:
