@@ -1,4 +1,5 @@
-# setup: environment in .venv    demo: the quickstart, end to end    test: the test suite    lint, format: ruff
+# setup: environment in .venv    demo: the quickstart, end to end    test: the test suite, on the CPU
+# test-gpu: what needs a CUDA device    lint, format: ruff
 PYTHON ?= python3
 PIP_OPTIONS ?=
 ARGS ?=
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format
+.PHONY: setup demo test test-gpu lint format
 
 setup: $(STAMP)
 
@@ -21,9 +22,12 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh $(ARGS)
 
-# One thread a process: distributed tests start several
+# One thread a process: distributed tests start several. GPUs are hidden, because these take gloo and several ranks.
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-gpu: setup
+	@$(BIN)/python -m pytest -q tests/test_gpu.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

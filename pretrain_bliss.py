@@ -3,6 +3,7 @@
 
 import os
 import sys
+import traceback
 
 from megatron_bliss.arguments import check_layout, parse_arguments
 
@@ -14,14 +15,12 @@ def main() -> int:
     from megatron_bliss import parallel, rounds  # after parsing: importing megatron-core takes seconds
 
     groups = parallel.initialize(config.platform, config.target, config.seed)
-    try:
-        sizes = {"world_size": groups.world_size, "data_parallel_size": groups.data_parallel_size}
-        warnings = check_layout(config, **sizes)
-        for warning in warnings if groups.is_main else []:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        rounds.run(config, groups)
-    finally:
-        parallel.destroy()
+    sizes = {"world_size": groups.world_size, "data_parallel_size": groups.data_parallel_size}
+    warnings = check_layout(config, **sizes)
+    for warning in warnings if groups.is_main else []:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    rounds.run(config, groups)
+    parallel.destroy()
     return 0
 
 
@@ -30,5 +29,12 @@ if __name__ == "__main__":
         sys.exit(main())
     except ValueError as error:  # the user's to mend: what was found, what was expected, what to change
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"pretrain_bliss.py: error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"pretrain_bliss.py: error{rank}: {error}", file=sys.stderr)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # At once: leaving NCCL's groups in order would wait for ranks in a collective that this one never joins.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -142,19 +142,21 @@ _joined_world = False
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> None:
-    """Enter the default process group: the one there is, torchrun's, or one of this process alone."""
+    """Enter the default process group: the one there is, torchrun's, or one of this process alone.
+
+    The device is the one that ``platform.prepare`` has set. A ``device_id`` here would make torch open a communicator
+    for each of megatron-core's groups at once, most of which are never used, and send all of a pipeline's exchanges
+    over one of them, in one stream: an interleaved pipeline's would no longer overlap and could wait for each other.
+    """
     global _joined_world
     if dist.is_initialized():
         return
     _joined_world = True
     backend = machine.BACKENDS[device.type]
-    device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _check_layout(target: TargetConfig, world_size: int) -> None:

@@ -105,9 +105,10 @@ def silence_megatron_core() -> None:
 
 def prepare(config: PlatformConfig, local_rank: int, local_world_size: int) -> torch.device:
     """Set this process up (threads, determinism, CUDA device or CPU memory and patches) and return its device."""
-    device = choose_device(config, local_rank)
-    # megatron-core relies on it for the order of kernels when it overlaps communication with computation.
+    # megatron-core relies on it for the order of kernels when it overlaps communication with computation. The driver
+    # reads it once, when it is first asked for devices.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device = choose_device(config, local_rank)
     silence_megatron_core()
     set_threads(local_world_size)
     set_deterministic(config.deterministic)

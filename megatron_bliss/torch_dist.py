@@ -42,7 +42,9 @@ class Writer(FileSystemWriter):
     """Writes this rank's boxes to one file and flushes it; plan and writing are apart, so that a thread can write."""
 
     def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+        # Copying ahead asks CUDA for a stream, and a thread that never chose a device gets that of GPU 0: every rank
+        # would open a context there, in memory that rank 0 counts on.
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
         self.results: list = []
 
     def prepare_write_data(self, plan, planner) -> None:

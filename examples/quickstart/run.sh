@@ -48,5 +48,8 @@ if [ ! -f $data/tasks/prose.tasks.json ]; then
 fi
 
 step "warm-up, two rounds of [bilevel, score, select, pretrain, evaluate], two arms"
-"$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_bliss.py \
+# Two processes, or as many as there are GPUs for them: NCCL takes one process a device.
+processes=$("$python" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
+if [ "$processes" -eq 1 ]; then set -- --target.tensor_model_parallel_size 1 "$@"; fi
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" pretrain_bliss.py \
   --config examples/quickstart/config.yaml "${options[@]}" "$@"

@@ -33,6 +33,9 @@ if [ ! -f "$data/done" ]; then
   touch "$data/done"
 fi
 
-"$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_bliss.py \
+# Two processes, or as many as there are GPUs for them: NCCL takes one process a device.
+processes=$("$python" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
+if [ "$processes" -eq 1 ]; then set -- --target.tensor_model_parallel_size 1 "$@"; fi
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" pretrain_bliss.py \
   --config examples/web_text/config.yaml --run_folder "$folder" --data.train_prefix "$data/pool" \
   --data.validation_prefix "$data/guide" --data.test_prefixes "[$data/heldout,$data/heldout_last_word]" "$@"

@@ -97,6 +97,26 @@ def test_launch_passes_nodes_and_options_on(tmp_path: Path) -> None:
     assert done.returncode != 0 and "without MASTER_ADDR" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
+def test_slurm_logs_lie_where_the_job_is_submitted(script: str) -> None:
+    """Slurm makes no folder for them: a job whose log has none fails without a word."""
+    outputs = [line for line in (EXAMPLES / script).read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    assert len(outputs) == 1 and "/" not in outputs[0]
+
+
+def test_slurm_starts_one_launcher_a_node_with_all_of_its_cores(tmp_path: Path) -> None:
+    """What srun would be given, seen by stand-ins for Slurm's commands."""
+    for name, script in {"srun": 'printf "%s\\n" "$MASTER_ADDR" "$@"', "scontrol": "echo node7; echo node8"}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"NNODES": "2", "JOB_ID": "41000", "JOB_NODELIST": "node[7-8]", "GPUS_ON_NODE": "4", "CPUS_PER_TASK": "48"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{name}": value for name, value in slurm.items()}}
+    command = ["bash", str(EXAMPLES / "slurm/pretrain.sbatch"), "pythia_1b_c4", "--rounds", "2"]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=48"} <= set(words)
+    assert words[0] == "node7" and words[-5:-1] == ["launch", "pythia_1b_c4", "--rounds", "2"]
+
+
 def test_settings_are_the_papers(prefix: str) -> None:
     """Of optimiser, schedule, batch, bilevel stage and selection."""
     config = load("pythia_410m_c4", prefix)
