@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -234,6 +235,8 @@ def claimed_cuda() -> Iterator[torch.device]:
         stack.enter_context(mock.patch.object(nn.Module, "to", _move_module))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: CUDA))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)))
+        properties = SimpleNamespace(total_memory=80 * 2**30)
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
         # pickled objects travel on the device of the backend
         stack.enter_context(mock.patch.object(distributed_c10d, "_get_object_coll_device", lambda group: CUDA))
         stack.enter_context(_Operations())
