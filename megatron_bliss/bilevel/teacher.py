@@ -45,11 +45,14 @@ class TargetTeacher:
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
         """The target on this rank's device, and back in the host's memory afterwards where it is offloaded."""
-        for chunk in self.target if self.offload else []:
+        chunks = self.target if self.offload else []
+        for chunk in chunks:
             chunk.to(self.groups.device)
-        yield
-        for chunk in self.target if self.offload else []:
-            chunk.to("cpu")
+        try:
+            yield
+        finally:
+            for chunk in chunks:
+                chunk.to("cpu")
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Teacher:
