@@ -32,6 +32,7 @@ from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
+from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel
 
@@ -307,18 +308,26 @@ class _Sample:
 def _split(
     config: BilevelConfig, proxy: LanguageModel, train: BatchSchedule, validation: BatchSchedule
 ) -> tuple[int, bool | None]:
-    """Samples at once and whether blocks are recomputed: as asked for, or the largest split under the memory limit."""
-    if not config.memory_limit_gib:
-        return config.micro_batch_size, None
     samples = max(1, *(schedule.stop - schedule.start for schedule in (train, validation)))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
+    device = next(proxy.parameters()).device.type
+    return split_batch(config, proxy.architecture, samples, seq_length, device=device)
+
+
+def split_batch(
+    config: BilevelConfig, proxy: Architecture, samples: int, seq_length: int, *, device: str
+) -> tuple[int, bool | None]:
+    """Samples at once of a rank's ``samples``, and whether blocks are recomputed: as asked for (0: all of them; None:
+    where graphs are large), or the largest split under the memory limit."""
+    if not config.memory_limit_gib:
+        return config.micro_batch_size, None
     plan = plan_step(
-        proxy.architecture,
+        proxy,
         samples,
         seq_length,
         limit_gib=config.memory_limit_gib,
         element_size=DTYPES[config.params_dtype].itemsize,
-        device=next(proxy.parameters()).device.type,
+        device=device,
         teacher=config.kl_weight > 0,
     )
     return plan.micro_batch_size, plan.recompute
