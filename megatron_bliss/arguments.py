@@ -14,7 +14,7 @@ from megatron_bliss.baselines import BASELINES
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
-from megatron_bliss.data.splits import check_corpora
+from megatron_bliss.data.splits import check_blend, check_sets
 from megatron_bliss.data.subset import require_field
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
@@ -55,6 +55,13 @@ def arm_names(config: Config) -> list[str]:
     return [name.strip() for name in config.arms.split(",") if name.strip()]
 
 
+def has_stage(config: Config, arm: str, stage: str) -> bool:
+    """Whether a round of this arm has this stage."""
+    if stage == "decay_branch":
+        return config.pretraining.decay_branch_iters > 0
+    return stage != "bilevel" or arm == "bliss"
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before any work; errors name the option to change."""
     check_options(config)
@@ -66,7 +73,7 @@ def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
     _check_run(config)
     _check_sizes(config)
-    check_corpora(config.data)
+    check_blend(config.data)
 
 
 def not_ready(config: Config) -> list[str]:
@@ -77,7 +84,7 @@ def not_ready(config: Config) -> list[str]:
             data_check()
         except ValueError as error:
             found.append(str(error))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> list[str]:
@@ -186,6 +193,7 @@ def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
 def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     """One check per thing that has to lie on the disk, which raises ValueError where it does not."""
     data = config.data
+    yield partial(check_sets, data)
     prefixes = {"data.train_prefix": data.train_prefix}
     if data.validation_prefix:
         prefixes["data.validation_prefix"] = data.validation_prefix
