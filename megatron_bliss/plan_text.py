@@ -22,14 +22,14 @@ def format_plan(plan: Mapping) -> str:
 
 
 def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _head(plan: Mapping) -> str:
     layout, device = plan["layout"], plan["machine"]["device"]
     sizes = " x ".join(f"{name} {layout[key]}" for name, key in _SIZES.items())
     models = ", ".join(f"{name} {model['parameters']:,}" for name, model in plan["models"].items())
-    ranks = f"{layout['world_size']} ranks" + (f" of {device}" if device else "")
+    ranks = f"{layout['world_size']} rank{'s' * (layout['world_size'] > 1)}" + (f" of {device}" if device else "")
     return f"{ranks}: {sizes}, {layout['micro_batches']} micro-batches an iteration\nparameters: {models}"
 
 
@@ -75,7 +75,7 @@ def _memory(plan: Mapping) -> str:
     if limit:
         verdict = "every stage fits" if memory["fits"] else "not every stage fits"
         lines[0] += f"; {verdict} in {limit:g} GiB, of which a tenth is left to CUDA, NCCL and the allocator"
-    return "\n  ".join([table, *lines, *map(_wrapped, memory["advice"])])
+    return "\n  ".join([table, *map(_wrapped, [*lines, *memory["advice"]])])
 
 
 def _data(data: Mapping) -> str:

@@ -56,7 +56,7 @@ def test_every_example_is_planned_without_its_corpus(name: str, tmp_path: Path, 
     text = format_plan(planned)
     for part in ("Work", "Memory of the rank", "Data: a corpus of", "Disk", "not ready:", "assumed:", "estimated"):
         assert part in text
-    assert max(map(len, text.splitlines())) <= 121
+    assert max(map(len, text.splitlines())) <= 112
 
 
 def test_time_is_work_over_what_the_devices_reach() -> None:

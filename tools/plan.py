@@ -20,7 +20,10 @@ from megatron_bliss.throughput import PEAK_TFLOPS
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This tool's options, and the others, which are the run's."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog="python pretrain_bliss.py --help lists the run's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--world-size", type=int, default=1, help="ranks that torchrun will start, over all nodes")

@@ -158,8 +158,8 @@ def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def layer_elements(config: TargetConfig, arch: Architecture) -> float:
-    """Elements per token that a layer keeps for its backward pass, with selective recomputation where that is on.
+def layer_elements(config: TargetConfig, arch: Architecture, *, recomputes_mlp: bool = False) -> float:
+    """Elements per token that a layer keeps for its backward pass, those of the MLP's inside unless recomputed.
 
     Outside attention and MLP: what the norms read (the same for both of GPT-NeoX's) and write, divided by t under
     sequence parallelism. Inside, divided by t: packed queries, keys and values, rotated queries and keys, attention's
@@ -172,7 +172,6 @@ def layer_elements(config: TargetConfig, arch: Architecture) -> float:
     outside = (1 if is_neox else 2) * width + 2 * width
     rotated = (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
     inside = arch.query_key_value_size + rotated + width
-    recomputes_mlp = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
     inside += 0 if recomputes_mlp else (2 if is_neox else 5) * ffn
     return outside / _sequence_split(config) + inside / split
 
@@ -195,19 +194,21 @@ def activation_bytes(
     """Estimated peak of an iteration above :func:`training_state` on a rank of pipeline stage ``stage``.
 
     tokens: those of one micro-batch. The peak comes where the last stage has its logits and the output matrix's
-    gradient, or where a layer's backward pass has its adjoints and weight gradients, whichever is larger.
+    gradient, or where a layer's backward pass has its adjoints and a weight's gradient, whichever is larger.
+    Recomputing core_attn saves nothing: fused attention keeps nothing else than what its neighbours read.
     """
     layers = arch.num_layers // (config.pipeline_model_parallel_size * config.virtual_pipeline_model_parallel_size)
     layer, entry = layer_elements(config, arch), arch.hidden_size / _sequence_split(config)
-    kept, at_once = layers * layer, 1
+    recomputes_mlp = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
+    kept, at_once = layers * layer_elements(config, arch, recomputes_mlp=recomputes_mlp), 1
     if config.recompute_granularity == "full" and config.recompute_method == "uniform":
         at_once = config.recompute_num_layers + 1
         kept = layers // config.recompute_num_layers * entry
     elif config.recompute_granularity == "full":
         at_once = 2
         kept = config.recompute_num_layers * entry + (layers - config.recompute_num_layers) * layer
-    elif config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
-        at_once = 2  # the recomputed part and its adjoints; an upper bound
+    elif recomputes_mlp:
+        at_once = 2
     held = micro_batches_in_flight(config, stage, micro_batches) * kept * tokens * element_size
     largest = max(_layer_sizes(config, arch)) * element_size
     peak = at_once * layer * tokens * element_size + largest
