@@ -63,7 +63,10 @@ def plan_vocabulary(config: Config, given: int | None) -> tuple[int, str]:
 
 def plan_corpus(config: Config, corpus_tokens: int | None) -> Corpus:
     """The corpus dealt to shards as the run will deal it; where it is not there, one of ``corpus_tokens`` tokens, or
-    one from which every selection is trained on once."""
+    one from which every selection is trained on once.
+
+    Dealing a corpus that is there takes as long as the run's first stage: a shard's tokens are counted, not guessed.
+    """
     prefix, shards = config.data.train_prefix, config.rounds + 1
     if prefix and Path(f"{prefix}.idx").is_file() and Path(manifest_path(prefix)).is_file():
         counts = read_manifest(prefix)["counts"]
