@@ -107,7 +107,7 @@ class _Sizing:
                 tokens=config.pretraining.micro_batch_size * self.seq_length,
                 element_size=self.element_size,
             )
-            working = max(activations, self._evaluation_bytes(config.evaluation.micro_batch_size * self.seq_length))
+            working = max(activations, self._evaluation_bytes())
             entries.append(
                 _entry("target training", state.parameters, state.gradients, state.optimizer, working)
                 | {"pipeline_stage": stage}
@@ -174,12 +174,16 @@ class _Sizing:
         return _entry("score", FP32_BYTES * self.score_count, 0, 0, working)
 
     def evaluate(self) -> dict:
-        """The target as read back from disk, on the test sets and tasks."""
-        evaluation = self.config.evaluation
-        tokens = max(evaluation.micro_batch_size * self.seq_length, evaluation.batch_tokens if evaluation.tasks else 0)
-        return _entry("evaluate", self.weights, 0, 0, self._evaluation_bytes(tokens))
+        """The target as read back from disk, on test sets and tasks; the latter make their logits in small chunks."""
+        working, evaluation = self._evaluation_bytes(), self.config.evaluation
+        if evaluation.tasks:
+            sizes = evaluation.batch_tokens, self.element_size
+            working = max(working, forward_bytes(self.config.target, self.target, *sizes, with_logits=False))
+        return _entry("evaluate", self.weights, 0, 0, working)
 
-    def _evaluation_bytes(self, tokens: int) -> int:
+    def _evaluation_bytes(self) -> int:
+        """A forward pass over a micro-batch of test samples, at most ``data.seq_length`` tokens each."""
+        tokens = self.config.evaluation.micro_batch_size * self.seq_length
         return forward_bytes(self.config.target, self.target, tokens, self.element_size, with_logits=True)
 
 
