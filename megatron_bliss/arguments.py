@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -13,7 +14,7 @@ from megatron_bliss.baselines import BASELINES
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
-from megatron_bliss.data.splits import check_corpora
+from megatron_bliss.data.splits import check_blend, check_sets
 from megatron_bliss.data.subset import require_field
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
@@ -27,17 +28,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations
     that cannot work.
     """
-    config = _parse(arguments)
+    config = parse_options(arguments)
     check(config)
     return config
 
 
 def read_config(path: Path | str) -> Config:
     """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""
-    return _parse(["--config", str(path)])
+    return parse_options(["--config", str(path)])
 
 
-def _parse(arguments: Sequence[str] | None) -> Config:
+def parse_options(arguments: Sequence[str] | None) -> Config:
+    """The same without the checks of what cannot work."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
@@ -53,13 +55,36 @@ def arm_names(config: Config) -> list[str]:
     return [name.strip() for name in config.arms.split(",") if name.strip()]
 
 
+def has_stage(config: Config, arm: str, stage: str) -> bool:
+    """Whether a round of this arm has this stage."""
+    if stage == "decay_branch":
+        return config.pretraining.decay_branch_iters > 0
+    return stage != "bilevel" or arm == "bliss"
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before any work; errors name the option to change."""
+    check_options(config)
+    for data_check in _data_checks(config):
+        data_check()
+
+
+def check_options(config: Config) -> None:
+    """Refuse what cannot work whatever lies on this machine's disk."""
     _check_run(config)
     _check_sizes(config)
-    _check_data(config)
-    if config.evaluation.tasks:
-        check_evaluation(config.evaluation, config.data.train_prefix)
+    check_blend(config.data)
+
+
+def not_ready(config: Config) -> list[str]:
+    """What :func:`check` would refuse for want of data, a line each: all of them, not the first."""
+    found = []
+    for data_check in _data_checks(config):
+        try:
+            data_check()
+        except ValueError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> list[str]:
@@ -169,19 +194,26 @@ def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
+def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
+    """One check per thing that has to lie on the disk, which raises ValueError where it does not."""
     data = config.data
-    check_corpora(data)
+    yield partial(check_sets, data)
     prefixes = {"data.train_prefix": data.train_prefix}
     if data.validation_prefix:
         prefixes["data.validation_prefix"] = data.validation_prefix
     prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
     prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
     for name, prefix in prefixes.items():
-        if not prefix or not Path(f"{prefix}.idx").is_file():
-            raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
-        check_same_tokenizer(config.data.train_prefix, prefix)
-    if config.data.shard_by == "file":
-        require_field(config.data.train_prefix, "file")
+        yield partial(_check_prefix, name, prefix, data.train_prefix)
+    if data.shard_by == "file":
+        yield partial(require_field, data.train_prefix, "file")
     if config.selection.policy in ("proportional", "quotas"):
-        require_field(config.data.train_prefix, config.selection.domain_field)
+        yield partial(require_field, data.train_prefix, config.selection.domain_field)
+    if config.evaluation.tasks:
+        yield partial(check_evaluation, config.evaluation, data.train_prefix)
+
+
+def _check_prefix(name: str, prefix: str, train_prefix: str) -> None:
+    if not prefix or not Path(f"{prefix}.idx").is_file():
+        raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
+    check_same_tokenizer(train_prefix, prefix)

@@ -109,7 +109,7 @@ def initialize(platform: PlatformConfig, target: TargetConfig, seed: int) -> Gro
     timeout = timedelta(minutes=platform.distributed_timeout_minutes)
     _join_world(device, timeout)
     try:
-        _check_layout(target, dist.get_world_size())
+        check_world_size(target, dist.get_world_size())
     except ValueError:
         destroy()
         raise
@@ -159,7 +159,8 @@ def _join_world(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _check_layout(target: TargetConfig, world_size: int) -> None:
+def check_world_size(target: TargetConfig, world_size: int) -> None:
+    """ValueError where the number of processes does not fit the target's tensor and pipeline sizes."""
     tensor, pipeline = target.tensor_model_parallel_size, target.pipeline_model_parallel_size
     if tensor < 1 or pipeline < 1:
         raise ValueError(

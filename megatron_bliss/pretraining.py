@@ -24,8 +24,9 @@ from megatron_bliss import checkpoint
 from megatron_bliss.config import PlatformConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.data.sequences import MicroBatch, TrainingSequences
+from megatron_bliss.flops import training_flops
 from megatron_bliss.metrics import MetricsLogger, Progress
-from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.target import Target, build_target, forward_only
 from megatron_bliss.parallel import Groups, broadcast_object
 from megatron_bliss.platform import choose_dtype
@@ -38,8 +39,6 @@ from megatron_bliss.training_log import TrainingLog
 
 Evaluation = list[Any]
 """[iteration, tokens trained on since the start of the run, {test set: loss}]."""
-BACKWARD_TO_FORWARD = 2
-"""A backward pass costs twice the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def train_segment(
     )
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start, pretrained)
-    flops = (1 + BACKWARD_TO_FORWARD) * flops_per_token(architecture, seq_length) * segment.tokens_per_iteration
+    flops = training_flops(config, architecture, seq_length)
     labels = {"arm": arm, "round": round, "stage": stage}
     log = TrainingLog(
         metrics,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_bliss import run_corpora, stages, target_stages
-from megatron_bliss.arguments import arm_names
+from megatron_bliss.arguments import arm_names, has_stage
 from megatron_bliss.config import Config
 from megatron_bliss.files import write_json
 from megatron_bliss.metrics import MetricsLogger
@@ -68,18 +68,12 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     for number in range(1, config.rounds + 1):
         for arm in arm_names(config):
             for stage in ROUND_STAGES:
-                if _has_stage(config, arm, stage) and _is_wanted(config, number, arm, stage):
+                if has_stage(config, arm, stage) and _is_wanted(config, number, arm, stage):
                     yield folder.stage_folder(arm, number, stage), _bind(ROUND_STAGES[stage], session, arm, number)
 
 
 def _bind(stage: Callable[..., dict], session: Session, arm: str, number: int) -> Callable[[Path], dict]:
     return lambda path: stage(session, path, arm, number)
-
-
-def _has_stage(config: Config, arm: str, stage: str) -> bool:
-    if stage == "decay_branch":
-        return config.pretraining.decay_branch_iters > 0
-    return stage != "bilevel" or arm == "bliss"
 
 
 def _is_wanted(config: Config, number: int, arm: str, stage: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss.config import DataConfig
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.splits import PARTS, parse_split, split_bounds
@@ -27,15 +28,7 @@ def make_shards(session: Session, folder: Path) -> dict:
     prefixes, parts = [], {}
     with failing_together(session.groups):
         if session.groups.is_main:
-            num_units = read_manifest(data.train_prefix)["counts"]["units"]
-            bounds = split_bounds(num_units, parse_split(data.split))
-            if bounds[0] <= rounds:
-                raise ValueError(
-                    f"found {bounds[0]} units to choose from in {data.train_prefix}, expected at least one for each "
-                    f"of {rounds + 1} shards: give a larger corpus, or change data.split or rounds"
-                )
-            files = provenance_codes(data.train_prefix, "file")[0][: bounds[0]] if data.shard_by == "file" else None
-            dealt = shards(bounds[0], rounds + 1, by=data.shard_by, seed=seed, files=files)
+            bounds, dealt = deal_units(data, rounds, session.config.seed)
             for number, ids in enumerate(dealt):
                 policy = {"name": "shard", "number": number, "of": rounds + 1, "by": data.shard_by, "seed": seed}
                 prefixes.append(write_subset(data.train_prefix, ids, folder, label=f"shard{number}", policy=policy))
@@ -46,6 +39,19 @@ def make_shards(session: Session, folder: Path) -> dict:
                     parts[name] = Path(part).name
     names = [Path(prefix).name for prefix in prefixes]
     return {"prefixes": names, "parts": parts, "domains": shares_by_field(data.train_prefix)}
+
+
+def deal_units(data: DataConfig, rounds: int, seed: int) -> tuple[list[int], list[np.ndarray]]:
+    """Where each part of the corpus ends (see ``split_bounds``), and the units of each of the rounds + 1 shards."""
+    num_units = read_manifest(data.train_prefix)["counts"]["units"]
+    bounds = split_bounds(num_units, parse_split(data.split))
+    if bounds[0] <= rounds:
+        raise ValueError(
+            f"found {bounds[0]} units to choose from in {data.train_prefix}, expected at least one for each "
+            f"of {rounds + 1} shards: give a larger corpus, or change data.split or rounds"
+        )
+    files = provenance_codes(data.train_prefix, "file")[0][: bounds[0]] if data.shard_by == "file" else None
+    return bounds, shards(bounds[0], rounds + 1, by=data.shard_by, seed=derive_seed(seed, "shards"), files=files)
 
 
 def shares_by_field(prefix: str) -> dict[str, dict[str, float]]:

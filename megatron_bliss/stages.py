@@ -25,7 +25,7 @@ from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.files import read_json, sha256_file, write_json
-from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
+from megatron_bliss.flops import bilevel_flops, proxy_warmup_flops, scoring_flops
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.parallel import failing_together
@@ -49,9 +49,8 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
     trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
     _run_trainer(session, trainer, config.proxy.warmup_iters, folder, "shared", 0, "proxy")
-    tokens = config.proxy.warmup_iters * config.proxy.warmup_batch_size * config.data.seq_length
     _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
-    return {"flops": 3 * tokens * flops_per_token(session.proxy_architecture, config.data.seq_length)}
+    return {"flops": proxy_warmup_flops(config.proxy, session.proxy_architecture, config.data.seq_length)}
 
 
 def learn_scores(session: Session, folder: Path, arm: str, round_number: int) -> dict:
@@ -78,7 +77,8 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
     described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
     _save_final(session, folder, state | described)
-    flops = trainer.flops(session.target_architecture, config.data.seq_length)
+    models = session.proxy_architecture, session.target_architecture
+    flops = bilevel_flops(config.bilevel, *models, config.data.seq_length)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(session, arm, round_number), loss])
     if advice:
@@ -131,8 +131,7 @@ def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, 
             show_progress=session.show_progress,
             description=f"round {round_number} score",
         )
-    tokens = source.corpus.num_tokens
-    flops = tokens * trunk_flops_per_token(session.proxy_architecture, config.data.seq_length)
+    flops = scoring_flops(source.corpus.num_tokens, session.proxy_architecture, config.data.seq_length)
     with failing_together(groups):  # by now every rank has written its blocks
         return Scores(gather_scores(blocks, len(source)) if groups.is_main else None, settings, flops)
 

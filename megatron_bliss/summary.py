@@ -224,7 +224,7 @@ def format_flops(count: float | None) -> str:
     """Return a number of operations as "1.2 TFLOP"; "-" where it is not known."""
     if not count:
         return "-"
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
+    for unit, size in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if count >= size:
             return f"{count / size:.1f} {unit}FLOP"
     return f"{count / 1e6:.1f} MFLOP"

@@ -54,12 +54,13 @@ class TargetTrainer:
         total_iterations: int,
     ) -> None:
         self.target, self.groups, self.config, self.seq_length = target, groups, config, seq_length
-        self.num_micro_batches = num_micro_batches(config, groups, len(target))
-        ddp_config = _data_parallel_config(config)
+        sizes = groups.data_parallel_size, groups.pipeline_model_parallel_size
+        self.num_micro_batches = num_micro_batches(config, *sizes, len(target))
+        ddp_config = data_parallel_config(config)
         if groups.data_parallel_size == 1:
             # There is nothing to divide: megatron-core would copy weights and gradients onto themselves.
             config = replace(config, use_distributed_optimizer=False, overlap_param_gather=False)
-            ddp_config, self.config = _data_parallel_config(config), config
+            ddp_config, self.config = data_parallel_config(config), config
         self.wrapped = [
             DistributedDataParallel(
                 chunk.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.collection
@@ -197,16 +198,17 @@ class TargetTrainer:
         self.set_iteration(iteration)
 
 
-def num_micro_batches(config: PretrainingConfig, groups: Groups, chunks: int = 1) -> int:
-    """Forward passes of one replica per iteration; ValueError where the batch sizes don't divide."""
-    at_once = config.micro_batch_size * groups.data_parallel_size
+def num_micro_batches(config: PretrainingConfig, replicas: int, stages: int, chunks: int = 1) -> int:
+    """Forward passes of one replica per iteration, of ``replicas`` over pipelines of ``stages`` ranks with ``chunks``
+    model chunks each; ValueError where the batch sizes don't divide."""
+    at_once = config.micro_batch_size * replicas
     if config.global_batch_size % at_once:
         raise ValueError(
             f"found pretraining.global_batch_size={config.global_batch_size}, expected a multiple of {at_once} "
-            f"(micro_batch_size={config.micro_batch_size} x {groups.data_parallel_size} data-parallel ranks): change "
+            f"(micro_batch_size={config.micro_batch_size} x {replicas} data-parallel ranks): change "
             "pretraining.global_batch_size or pretraining.micro_batch_size"
         )
-    count, stages = config.global_batch_size // at_once, groups.pipeline_model_parallel_size
+    count = config.global_batch_size // at_once
     if chunks > 1 and count % stages:
         raise ValueError(
             f"found {count} micro-batches per iteration, expected a multiple of target.pipeline_model_parallel_size="
@@ -216,7 +218,8 @@ def num_micro_batches(config: PretrainingConfig, groups: Groups, chunks: int = 1
     return count
 
 
-def _data_parallel_config(config: PretrainingConfig) -> DistributedDataParallelConfig:
+def data_parallel_config(config: PretrainingConfig) -> DistributedDataParallelConfig:
+    """megatron-core's options of data parallelism; ValueError where ours contradict each other."""
     if config.overlap_param_gather and not (config.use_distributed_optimizer and config.overlap_grad_reduce):
         raise ValueError(
             "found pretraining.overlap_param_gather without use_distributed_optimizer and overlap_grad_reduce, "

@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_bliss.arguments import parse_arguments
 from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.validation import ValidationSettings, prepare_validation
+from megatron_bliss.plan import Machine, make_plan
+from megatron_bliss.summary import read_stages
 from megatron_bliss.training_log import MEASURED
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +162,33 @@ def test_everything_promised_is_written(finished: Path) -> None:
     assert summary["seed"] == 3 and "speedup" in summary and summary["stages"]
     assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert yaml.safe_load((finished / "config.yaml").read_text())["bilevel"]["upper_iters"] == 8
+
+
+def test_a_plan_foretells_what_the_run_records(corpus: Path, finished: Path) -> None:
+    """FLOPs of every stage to the last bit; what the selections hold and the folder weighs to a few per cent."""
+    config = parse_arguments(command(corpus, finished)[2:])
+    plan = make_plan(config, Machine(world_size=1))
+    recorded = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in read_stages(finished)}
+    assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in plan["stages"]} == recorded
+    assert sum(recorded.values()) == plan["total"]["flops"] > 0 and plan["not_ready"] == []
+    shards = json.loads((finished / "shards/done.json").read_text())["prefixes"]
+    for number, prefix in enumerate(shards):
+        counts = read_manifest(str(finished / "shards" / prefix))["counts"]
+        shard = plan["data"]["rounds"][number - 1] if number else plan["data"]["warmup"]
+        assert (shard["units"], shard["tokens"]) == (counts["units"], counts["tokens"])
+    for arm in ("bliss", "random"):
+        for number in (1, 2):
+            selected = json.loads((finished / f"{arm}/round_{number:02d}/select/done.json").read_text())
+            foretold = plan["data"]["rounds"][number - 1]
+            assert foretold["selected_tokens"] == pytest.approx(selected["tokens"], rel=0.05)
+            warned = [text for text in plan["warnings"] if f"epoch_warning={config.selection.epoch_warning:g}" in text]
+            assert bool(warned) == bool(selected["warnings"])
+    checkpoints = list(finished.glob("**/step_*"))
+    assert len(checkpoints) == plan["disk"]["checkpoints"]
+    tensors = [sum(path.stat().st_size for path in folder.glob("*.distcp")) for folder in checkpoints]
+    assert min(tensors) >= plan["disk"]["checkpoint"] > 0.8 * max(tensors)
+    states = sum(path.stat().st_size for path in finished.glob("**/*.pt") if path.name in ("latest.pt", "final.pt"))
+    assert plan["disk"]["parts"]["proxy and score model"] == pytest.approx(states, rel=0.25)
 
 
 def test_tasks_are_evaluated_after_the_warm_up_and_each_round(corpus: Path, finished: Path) -> None:

@@ -52,14 +52,18 @@ def keeps_graph(arch: Architecture, tokens: int, x: Tensor, *, dual: bool, recom
     """
     if recompute is not None:
         return not recompute
-    elements = (2 if dual else 1) * arch.num_layers * block_elements(arch) * tokens
-    return elements * x.element_size() <= _kept_bytes(x.device)
+    total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 0
+    return graph_bytes(arch, tokens, x.element_size(), dual=dual) <= kept_bytes(total)
 
 
-def _kept_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return KEPT_BYTES
-    return max(KEPT_BYTES, int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE))
+def graph_bytes(arch: Architecture, tokens: int, element_size: int, *, dual: bool) -> int:
+    """Estimated size of all blocks' graphs over ``tokens`` tokens."""
+    return (2 if dual else 1) * arch.num_layers * block_elements(arch) * tokens * element_size
+
+
+def kept_bytes(device_memory: int) -> int:
+    """Largest graphs that are kept without being asked for, on a GPU with so many bytes of memory (0: on a CPU)."""
+    return max(KEPT_BYTES, int(device_memory * KEPT_SHARE))
 
 
 def step_bytes(
@@ -77,21 +81,40 @@ def step_bytes(
     return max(_walk_bytes(arch, samples * seq_length, **sizes), _score_bytes(arch, samples * seq_length, element_size))
 
 
-def _walk_bytes(
-    arch: Architecture, tokens: int, *, recompute: bool, element_size: int, device: str, teacher: bool
+def gradient_bytes(
+    arch: Architecture, samples: int, seq_length: int, *, recompute: bool, element_size: int = 4, device: str = "cpu"
 ) -> int:
-    buffers = 4 if teacher else 2
+    """The same of one ordinary gradient, such as a step of the proxy's warm-up or that of the validation loss."""
+    options = {"element_size": element_size, "device": device, "teacher": False, "dual": False}
+    return _walk_bytes(arch, samples * seq_length, recompute=recompute, **options)
+
+
+def _walk_bytes(
+    arch: Architecture,
+    tokens: int,
+    *,
+    recompute: bool,
+    element_size: int,
+    device: str,
+    teacher: bool,
+    dual: bool = True,
+) -> int:
+    buffers, values, vectors = 4 if teacher else 2, 1 + dual, VECTORS if dual else 1
     head = buffers * chunk_size(tokens, arch.vocab_size, torch.device(device)) * arch.vocab_size * 4
-    rows = 6 * tokens * arch.hidden_size  # hidden states at the head and their adjoints, each with a tangent
+    rows = 3 * values * tokens * arch.hidden_size  # hidden states at the head and their adjoints, with any tangents
     graph = block_elements(arch) * tokens
-    inputs = 2 * arch.num_layers * arch.hidden_size * tokens
-    blocks = inputs + 2 * BLOCK_FACTOR * graph if recompute else 2 * (arch.num_layers + 1) * graph
-    return 4 * VECTORS * parameter_count(arch) + max(head + rows * element_size, (rows + blocks) * element_size)
+    inputs = values * arch.num_layers * arch.hidden_size * tokens
+    blocks = inputs + values * BLOCK_FACTOR * graph if recompute else values * (arch.num_layers + 1) * graph
+    return 4 * vectors * parameter_count(arch) + max(head + rows * element_size, (rows + blocks) * element_size)
 
 
 def _score_bytes(arch: Architecture, tokens: int, element_size: int) -> int:
-    trunk = parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
-    return 4 * 2 * trunk + (arch.num_layers + 1) * block_elements(arch) * tokens * element_size
+    return 4 * 2 * trunk_count(arch) + (arch.num_layers + 1) * block_elements(arch) * tokens * element_size
+
+
+def trunk_count(arch: Architecture) -> int:
+    """Parameters of the score model, but for its linear unit: those of the language model without output matrix."""
+    return parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
 
 
 def plan_step(arch: Architecture, samples: int, seq_length: int, *, limit_gib: float, **options) -> StepPlan:

@@ -32,7 +32,7 @@ from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
 from megatron_bliss.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
-from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
+from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel
 
@@ -167,24 +167,6 @@ class BilevelTrainer:
         replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
         check_replicas(replicas, self.world.group)
         return self.monitors.observe(self.steps_done, values)
-
-    def flops(self, target: Architecture, seq_length: int) -> float:
-        """Model FLOPs of the whole round, counted in forward passes F over a batch.
-
-        A lower gradient is 3 F; a walk with recomputation 8 F (Gauss-Newton) or 12 F (Hessian); the score model's two
-        forward passes and one backward 4 F; the validation gradient 3 F; the target's forward pass once per lower step.
-        """
-        config, tokens = self.config, self.config.global_batch_size * seq_length
-        walk = {"gauss_newton": 8, "hessian": 12}[config.curvature]
-        walks = config.solver_steps if config.solver == "sgd" else config.solver_steps + 1
-        lower = config.lower_iters - 1
-        proxy = flops_per_token(self.proxy.architecture, seq_length)
-        score = trunk_flops_per_token(self.proxy.architecture, seq_length)
-        teacher = flops_per_token(target, seq_length) if self.teacher else 0.0
-        validation = 3 * config.validation_batch_size * seq_length * proxy
-        passes = (walks * walk + 3 * lower) * proxy + (4 + lower) * score + config.lower_iters * teacher
-        step = tokens * passes + validation
-        return config.upper_iters * step
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""
@@ -326,18 +308,26 @@ class _Sample:
 def _split(
     config: BilevelConfig, proxy: LanguageModel, train: BatchSchedule, validation: BatchSchedule
 ) -> tuple[int, bool | None]:
-    """Samples at once and whether blocks are recomputed: as asked for, or the largest split under the memory limit."""
-    if not config.memory_limit_gib:
-        return config.micro_batch_size, None
     samples = max(1, *(schedule.stop - schedule.start for schedule in (train, validation)))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
+    device = next(proxy.parameters()).device.type
+    return split_batch(config, proxy.architecture, samples, seq_length, device=device)
+
+
+def split_batch(
+    config: BilevelConfig, proxy: Architecture, samples: int, seq_length: int, *, device: str
+) -> tuple[int, bool | None]:
+    """Samples at once of a rank's ``samples``, and whether blocks are recomputed: as asked for (0: all of them; None:
+    where graphs are large), or the largest split under the memory limit."""
+    if not config.memory_limit_gib:
+        return config.micro_batch_size, None
     plan = plan_step(
-        proxy.architecture,
+        proxy,
         samples,
         seq_length,
         limit_gib=config.memory_limit_gib,
         element_size=DTYPES[config.params_dtype].itemsize,
-        device=next(proxy.parameters()).device.type,
+        device=device,
         teacher=config.kl_weight > 0,
     )
     return plan.micro_batch_size, plan.recompute

@@ -35,8 +35,19 @@ def blend(data: DataConfig) -> list[tuple[str, float]]:
     return list(zip(data.blend_prefixes, data.blend_weights, strict=True))
 
 
-def check_corpora(data: DataConfig) -> None:
-    """ValueError where the run would lack a set, or where a blend leaves nothing to the selection."""
+def check_blend(data: DataConfig) -> None:
+    """ValueError for a split that is none, or a blend that leaves nothing to the selection."""
+    parse_split(data.split)
+    weights = data.blend_weights
+    if len(weights) != len(data.blend_prefixes) or any(weight <= 0 for weight in weights) or sum(weights) >= 1:
+        raise ValueError(
+            f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one "
+            "above 0 for each, with a sum below 1 that leaves the rest of the sequences to the selection"
+        )
+
+
+def check_sets(data: DataConfig) -> None:
+    """ValueError where the run would lack a set to be guided by or to be measured on."""
     _, validation, test = parse_split(data.split)
     if not data.validation_prefix and not validation:
         raise ValueError(
@@ -47,10 +58,4 @@ def check_corpora(data: DataConfig) -> None:
         raise ValueError(
             "found no data.test_prefixes, expected at least one held-out set to measure the arms on: set it, or give "
             "the corpus's own part by data.split, such as 949,50,1"
-        )
-    weights = data.blend_weights
-    if len(weights) != len(data.blend_prefixes) or any(weight <= 0 for weight in weights) or sum(weights) >= 1:
-        raise ValueError(
-            f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one "
-            "above 0 for each, with a sum below 1 that leaves the rest of the sequences to the selection"
         )

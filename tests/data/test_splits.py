@@ -8,7 +8,7 @@ import pytest
 from megatron_bliss.config import DataConfig
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.sequences import TrainingSequences
-from megatron_bliss.data.splits import check_corpora, parse_split, split_bounds
+from megatron_bliss.data.splits import check_blend, check_sets, parse_split, split_bounds
 from tests.targets import grouped, layout
 
 
@@ -39,8 +39,10 @@ def test_other_splits_are_refused(split: str) -> None:
 def test_what_a_run_would_lack_is_said_at_its_start(changes: dict, message: str) -> None:
     options = {"train_prefix": "x", "validation_prefix": "v", "test_prefixes": ["t"]}
     with pytest.raises(ValueError, match=message):
-        check_corpora(DataConfig(**{**options, **changes}))
-    check_corpora(DataConfig(train_prefix="x", split="8,1,1"))
+        data = DataConfig(**{**options, **changes})
+        check_sets(data)
+        check_blend(data)
+    check_sets(DataConfig(train_prefix="x", split="8,1,1"))
 
 
 def draw(folder: Path, groups, cache: Path, blend: list[tuple[str, float]], first: int = 0) -> np.ndarray:

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""What a run will take, before it runs: FLOPs and time of every stage, memory of a rank, data and disk.
+
+plan.py --config my.yaml --world-size 64 --device h100 --memory-gib 80 [--any.option VALUE ...]
+
+Takes every option of pretrain_bliss.py beside its own; the corpus need not be there yet, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_bliss.arguments import parse_options
+from megatron_bliss.files import write_json
+from megatron_bliss.throughput import PEAK_TFLOPS
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """This tool's options, and the others, which are the run's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="python pretrain_bliss.py --help lists the run's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--world-size", type=int, default=1, help="ranks that torchrun will start, over all nodes")
+    add("--device", help=f"cpu, or one of {', '.join(name.lower() for name in PEAK_TFLOPS)}")
+    add("--peak-tflops", type=float, default=0.0, help="peak of one device in platform.params_dtype")
+    add("--mfu", type=float, default=0.4, help="share of the peak that the target's training reaches")
+    add("--proxy-mfu", type=float, default=0.0, help="that of proxy and score model (default: --mfu)")
+    add("--memory-gib", type=float, default=0.0, help="memory of one device")
+    add("--corpus-tokens", type=float, help="tokens of a corpus that is not made yet, such as 1.6e11")
+    add("--vocab-size", type=int, help="ids of the tokenizer of a corpus that is not made yet")
+    add("--json", metavar="FILE", help="write the plan there, too")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan; returns the exit status."""
+    options, others = parse_arguments(arguments)
+    config = parse_options(others)  # a wrong one ends the program, as it would end the run
+
+    from megatron_bliss.plan import Machine, make_plan  # after parsing: importing megatron-core takes seconds
+    from megatron_bliss.plan_text import format_plan
+
+    machine = Machine(
+        world_size=options.world_size,
+        device=options.device,
+        peak_tflops=options.peak_tflops or config.logging.device_peak_tflops,
+        mfu=options.mfu,
+        proxy_mfu=options.proxy_mfu,
+        memory_gib=options.memory_gib,
+    )
+    tokens = None if options.corpus_tokens is None else int(options.corpus_tokens)
+    plan = make_plan(config, machine, corpus_tokens=tokens, vocab_size=options.vocab_size)
+    print(format_plan(plan))
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, plan)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:  # the user's to mend, as in pretrain_bliss.py
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
