@@ -170,6 +170,9 @@ def _check_sizes(config: Config) -> None:
     for name in ("kl_weight", "l2_weight", "damping"):
         if getattr(config.bilevel, name) < 0:
             raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
+    if config.proxy.warmup_micro_batch_size < 0:
+        found = config.proxy.warmup_micro_batch_size
+        raise ValueError(f"found proxy.warmup_micro_batch_size {found}, expected 0 (all samples at once) or more")
     if config.baselines.dsir.noise < 0:
         raise ValueError(f"found baselines.dsir.noise {config.baselines.dsir.noise}, expected 0 or more")
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:

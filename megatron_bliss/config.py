@@ -147,6 +147,10 @@ class ProxyConfig(ModelConfig):
     """Plain next-token training steps on the warm-up shard before the first round."""
     warmup_batch_size: int = 32
     """Samples per warm-up step, over all ranks."""
+    warmup_micro_batch_size: int = 0
+    """Samples of a rank that a warm-up step works on at once (0: all of them)."""
+    warmup_params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the warm-up's passes; weights, sums and optimiser states stay fp32."""
     warmup_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser of the proxy's warm-up."""
     restart_each_round: bool = True
@@ -226,6 +230,8 @@ class ScoringConfig:
 
     micro_batch_size: int = 64
     """Units per forward pass and rank."""
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the score model's trunk; the mean over tokens and the linear unit stay fp32."""
 
 
 @dataclass(frozen=True)

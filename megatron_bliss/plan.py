@@ -170,7 +170,7 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     platform, flops = config.platform, record["flops"]
     parts = {platform.params_dtype: flops}
     if record["stage"] in ("warmup proxy", "score"):
-        parts = {"fp32": flops}
+        parts = {_small_dtype(config, record["stage"]): flops}
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision
         alone = bilevel_flops(replace(config.bilevel, kl_weight=0.0), proxy, target, config.data.seq_length)
         parts = {platform.params_dtype: flops - alone}
@@ -182,10 +182,16 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     return {**record, "seconds": sum(part / (machine.world_size * peaks[d] * share) for d, part in parts.items())}
 
 
+def _small_dtype(config: Config, stage: str) -> str:
+    """The precision of a stage of proxy or score model alone."""
+    return config.scoring.params_dtype if stage == "score" else config.proxy.warmup_params_dtype
+
+
 def _assumptions(config: Config, machine: Machine) -> list[str]:
     """What the times rest on."""
     small = machine.proxy_mfu or machine.mfu
-    dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, "fp32"))
+    alone = (_small_dtype(config, stage) for stage in ("score", "warmup proxy"))
+    dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, *alone))
     peaks = {dtype: machine.peak(config.platform, dtype) for dtype in dtypes}
     if None in peaks.values():
         return ["no times: nothing says what a device can do (--device or --peak-tflops)"]

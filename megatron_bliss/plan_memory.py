@@ -115,10 +115,13 @@ class _Sizing:
         return max(entries, key=lambda entry: entry["total"])
 
     def proxy_warmup(self) -> dict:
-        """Plain training of the proxy, a rank's samples all at once."""
-        samples = self.share(self.config.proxy.warmup_batch_size)
-        working = self._gradient_bytes(samples, FP32_BYTES, None)
-        return _entry("proxy warm-up", FP32_BYTES * self.proxy_count, 0, MOMENT_BYTES * self.proxy_count, working)
+        """Plain training of the proxy, a rank's samples all at once or in micro-batches."""
+        settings = self.config.proxy
+        samples, dtype = self.share(settings.warmup_batch_size), SMALL_DTYPES[settings.warmup_params_dtype]
+        samples = min(samples, settings.warmup_micro_batch_size or samples)
+        parameters = (FP32_BYTES + dtype.itemsize * (dtype.itemsize < FP32_BYTES)) * self.proxy_count
+        working = self._gradient_bytes(samples, dtype.itemsize, None)
+        return _entry("proxy warm-up", parameters, 0, MOMENT_BYTES * self.proxy_count, working)
 
     def bilevel(self) -> dict:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
@@ -170,8 +173,9 @@ class _Sizing:
     def score(self) -> dict:
         """One forward pass of the score model at a time."""
         tokens = self.config.scoring.micro_batch_size * self.seq_length
-        working = block_elements(self.proxy) * tokens * FP32_BYTES
-        return _entry("score", FP32_BYTES * self.score_count, 0, 0, working)
+        element_size = SMALL_DTYPES[self.config.scoring.params_dtype].itemsize
+        working = block_elements(self.proxy) * tokens * element_size
+        return _entry("score", element_size * self.score_count, 0, 0, working)
 
     def evaluate(self) -> dict:
         """The target as read back from disk, on test sets and tasks; the latter make their logits in small chunks."""
@@ -206,7 +210,7 @@ def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
             changes.append(f"set bilevel.memory_limit_gib to less than {usable - held:.1f}, or lower micro_batch_size")
         return changes or ["take a smaller proxy"]
     return {
-        "proxy warm-up": ["lower proxy.warmup_batch_size, or start more ranks"],
+        "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
         "score": ["lower scoring.micro_batch_size"],
         "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
     }[entry["stage"]]

@@ -17,6 +17,7 @@ from megatron_bliss import checkpoint
 from megatron_bliss.baselines import BASELINES, Inputs, Scores
 from megatron_bliss.bilevel.loop import run_steps
 from megatron_bliss.bilevel.monitors import validation_advice
+from megatron_bliss.bilevel.precision import DTYPES
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.choosing import choose_units, repetition_warnings
@@ -116,9 +117,11 @@ def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, 
     session.folder.require(bilevel_folder, "score")
     state_path = bilevel_folder / FINAL_STATE
     settings = {"model_digest": sha256_file(state_path), "activation": config.score.activation}
+    settings["params_dtype"] = config.scoring.params_dtype
     blocks = parts / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
     model = _new_score_model(session, None)
     model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
+    model.to(DTYPES[config.scoring.params_dtype])
     with failing_together(groups):
         score_units(
             model,

@@ -58,6 +58,14 @@ def test_one_score_per_unit_for_any_number_of_ranks(model, source, tmp_path: Pat
     assert alone[20] == pytest.approx(model(batch.tokens, batch.lengths).item(), abs=1e-6)
 
 
+def test_scores_of_a_trunk_in_bf16_rank_alike_and_have_no_ties(model, source, tmp_path: Path) -> None:
+    exact = score(model, source, tmp_path / "fp32", 1)
+    low = score(model.to(torch.bfloat16), source, tmp_path / "bf16", 1)
+    assert low.dtype == np.float32 and len(set(low.tolist())) == COUNT
+    assert 0 < np.abs(low - exact).max() < 0.05
+    assert np.corrcoef(low.argsort().argsort(), exact.argsort().argsort())[0, 1] > 0.98
+
+
 def test_finished_blocks_are_kept_and_missing_ones_made(model, source, tmp_path: Path) -> None:
     whole = score(model, source, tmp_path / "blocks", 1)
     blocks = sorted((tmp_path / "blocks").glob("*.npy"))

@@ -20,7 +20,9 @@ from megatron_bliss.models.score import ScoreModel
 def score_batch(model: ScoreModel, batch, *, micro_batch_size: int = 0) -> Tensor:
     """Scores [b] of a batch (eq. 1) without a graph, by micro-batches."""
     parts = [model(part.tokens, part.lengths) for part in _micro_batches(batch, micro_batch_size)]
-    return torch.cat(parts) if parts else next(model.parameters()).new_zeros(0)
+    first = next(model.parameters())
+    empty = torch.zeros(0, dtype=accumulation_dtype(first.dtype), device=first.device)
+    return torch.cat([empty, *parts])
 
 
 @torch.no_grad()

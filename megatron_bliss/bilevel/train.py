@@ -53,13 +53,16 @@ class ProxyWarmup:
     def __init__(self, config: ProxyConfig, proxy: LanguageModel, train: BatchSchedule, world: World) -> None:
         self.proxy, self.train, self.world = proxy, train, world
         self.optimizer = Optimizer(proxy, config.warmup_optimizer, config.warmup_iters)
+        self.micro_batch_size = config.warmup_micro_batch_size
+        self._passes = ComputeCopy(proxy, DTYPES[config.warmup_params_dtype])
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
         """One AdamW step; returns what to log."""
         batch = self.train.at(self.steps_done).to(self.world.device)
         weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)
-        loss, gradient = curvature.gradient(self.proxy, batch, weights, group=self.world.group)
+        options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size}
+        loss, gradient = curvature.gradient(self._passes.refresh(), batch, weights, **options)
         norm, rate = self.optimizer.step(gradient)
         self.steps_done += 1
         return {"loss": float(loss), "grad_norm": norm, "lr": rate}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bliss.config import ScoreConfig
@@ -43,12 +44,17 @@ class ScoreModel(Trunk):
             self.head.bias.zero_()
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Scores [b] of tokens [b, s], of which the first ``lengths`` [b] of each row are real (eq. 1)."""
+        """Scores [b] of tokens [b, s], of which the first ``lengths`` [b] of each row are real (eq. 1).
+
+        Mean and linear unit are at least fp32: scores in bf16 would be a few hundred numbers, full of ties.
+        """
         longest = max(int(lengths.max()), 1)
         hidden_states = self.hidden_states(tokens[:, :longest])
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         real = torch.arange(longest, device=tokens.device) < lengths.unsqueeze(1)
-        mean = (hidden_states * real.unsqueeze(-1)).sum(1) / lengths.clamp(min=1).unsqueeze(1)
-        return ACTIVATIONS[self.activation](self.head(mean).squeeze(-1))
+        mean = (hidden_states.to(dtype) * real.unsqueeze(-1)).sum(1) / lengths.clamp(min=1).unsqueeze(1)
+        unit = F.linear(mean, self.head.weight.to(dtype), self.head.bias.to(dtype))
+        return ACTIVATIONS[self.activation](unit.squeeze(-1))
 
 
 def build_score_model(

@@ -169,6 +169,26 @@ def test_resumed_steps_equal_uninterrupted_ones(tmp_path) -> None:
     assert torch.equal(whole.z, second.z)
 
 
+def warm_up(dtype: torch.dtype = torch.float64, **options) -> np.ndarray:
+    """The proxy's weights after three steps."""
+    proxy = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, dtype=dtype)
+    config = ProxyConfig(warmup_optimizer=OPTIMIZER, warmup_iters=3, **options)
+    trainer = ProxyWarmup(config, proxy, BatchSchedule(RandomUnits(9, 1), 5, seed=1, rank=0, world_size=1), ALONE)
+    for _ in range(3):
+        trainer.step()
+    return _flat(proxy)
+
+
+def test_proxy_warm_up_in_micro_batches_and_in_bf16() -> None:
+    whole = warm_up()
+    np.testing.assert_allclose(warm_up(warmup_micro_batch_size=2), whole, atol=1e-12)
+    low, start = (
+        warm_up(torch.float32, warmup_params_dtype="bf16"),
+        _flat(build_lm(SIZES, vocab_size=VOCABULARY, seed=1)),
+    )
+    assert 0 < np.linalg.norm(low - whole) < 0.1 * np.linalg.norm(whole - start)
+
+
 def test_proxy_warm_up_lowers_the_loss() -> None:
     proxy = build_lm(SIZES, vocab_size=VOCABULARY, seed=1)
     config = ProxyConfig(warmup_optimizer=OptimizerConfig(lr=1e-2), warmup_iters=40)
