@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from megatron_bliss.target_gradient import parameters
 from megatron_bliss.target_trainer import TargetTrainer
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
+from tests.test_report import check_page
+from tests.test_rounds import corpus, metric_lines, run  # noqa: F401 - a fixture
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
 INTERLEAVED = replace(layout(1, 2), virtual_pipeline_model_parallel_size=2)
@@ -40,6 +43,11 @@ STEPS = {"adam": (1e-2, 1.0), "sgd": (0.3, 1.0), "sgd without clipping": (0.05, 
 OPTIONS = MatesConfig(
     probe_units=48, reference_samples=6, micro_batch_size=4, lr=1e-2, regressor_iters=6, regressor_batch_size=8
 )
+
+
+RUN = ("--arms", "bliss,random,dsir,mates", "--baselines.mates.probe_units", "24",
+       "--baselines.mates.reference_samples", "4", "--baselines.mates.regressor_iters", "5",
+       "--evaluation.tasks", "[]")  # fmt: skip
 
 
 def write(path: Path, seed: int, count: int = 60, structured: int = 1) -> str:
@@ -194,6 +202,20 @@ def test_influences_are_the_same_in_every_layout(folder: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=3e-6, err_msg=f"{place}, {name}, {kind}")
 
 
+def test_a_target_in_bf16_is_probed_in_fp32(folder: Path) -> None:
+    platform = PlatformConfig(params_dtype="bf16")
+    with grouped(layout(), platform) as groups:
+        train(groups, layout(), str(folder / "training"), folder / "bf16", platform=platform, iterations=8)
+        path = checkpoint(folder, "bf16")
+        options = {"target_config": layout(), "architecture": NEOX, "groups": groups, "seq_length": SEQ_LENGTH}
+        rounded = load_target(path, platform=platform, **options)
+        target = load_target(path, platform=PlatformConfig(), **options)
+        moments = load_moments(path, target, groups)
+        for low, full, pair in zip(parameters(rounded), parameters(target), moments.pairs, strict=True):
+            assert low.dtype == torch.bfloat16 and torch.equal(low.float(), full)
+            assert full.dtype == pair[0].dtype == torch.float32 and pair[1].any()
+
+
 def test_weights_are_left_as_they_were(folder: Path) -> None:
     with grouped(layout()) as groups:
         probe = open_probe(folder, "neox", "adam", layout(), groups)
@@ -326,3 +348,25 @@ def test_rank_correlation() -> None:
     ties = np.array([1.0, 2.0, 2.0, 3.0])
     assert mates.spearman(ties, -ties) == pytest.approx(-1)
     assert mates.spearman(ties, np.ones(4)) == 0
+
+
+def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "run"
+    result = run(corpus, folder, *RUN)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["arms"]) == {"bliss", "random", "dsir", "mates"}
+    assert len({tuple(map(tuple, arm["validation_loss"][:2])) for arm in summary["arms"].values()}) == 1  # warm-up
+    assert len({tuple(arm["validation_loss"][-1]) for arm in summary["arms"].values()}) == 4
+    stages = {(record["arm"], record["round"], record["stage"]): record for record in summary["stages"]}
+    for number in (1, 2):
+        place = folder / "mates" / f"round_{number:02d}" / "score"
+        settings = json.loads((place / "scores.json").read_text())
+        assert settings["probes"] == 24 and settings["influence_std"] > 0 and -1 <= settings["held_out_spearman"] <= 1
+        assert stages["mates", number, "score"]["flops"] > stages["bliss", number, "score"]["flops"]
+        assert sorted(path.name for path in place.iterdir()) == ["done.json", "scores.json", "scores.npy"]
+    steps = [(line["round"], line["step"]) for line in metric_lines(folder) if line["stage"] == "score"]
+    assert steps == [(number, step) for number in (1, 2) for step in range(1, 6)]
+    page = (folder / "report.html").read_text()
+    check_page(page)
+    assert all(f"Scores, {arm}" in page for arm in ("bliss", "dsir", "mates"))
