@@ -232,12 +232,19 @@ def _score_section(run: RunData) -> str:
         groups = {f"round {number}": scores for number, scores in rounds.items()}
         svg = histogram_chart(groups, title=f"scores {arm}", x_label="score")
         keys = {label: index for index, label in enumerate(groups)}
-        figures.append(figure(f"Scores, {arm}", "Share of the shard's units.", svg, keys))
+        caption = f"Share of the shard's units.{_held_out(run.correlations.get(arm, {}))}"
+        figures.append(figure(f"Scores, {arm}", caption, svg, keys))
     for (arm, name), groups in run.scores_by_field.items():
         svg = strip_chart(groups, title=f"scores by {name} {arm}", x_label="score")
         caption = "Last scored round. Dot: median; thick: middle half; thin: 5 to 95 %; in brackets: units."
         figures.append(figure(f"Scores by {name}, {arm}", caption, svg))
     return section("Scores", "", *figures)
+
+
+def _held_out(correlations: Mapping[int, float]) -> str:
+    """How well scores rank what they predict, for methods that measure it."""
+    rounds = ", ".join(f"{value:.2f} in round {number}" for number, value in sorted(correlations.items()))
+    return f" Rank correlation with what was measured, on held-out units: {rounds}." if rounds else ""
 
 
 def _domain_section(run: RunData) -> str:

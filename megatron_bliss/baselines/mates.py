@@ -31,9 +31,10 @@ from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.config import OptimizerConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, UnitDataset, rank_share
-from megatron_bliss.metrics import progress
+from megatron_bliss.metrics import Progress, progress
 from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.models.target import Target
 from megatron_bliss.parallel import all_gather_object, broadcast_object, failing_together
 from megatron_bliss.scoring import gather_scores, save_array, score_units
 
@@ -82,6 +83,8 @@ def mates_scores(config: BaselinesConfig, inputs: Inputs) -> Scores:
         "reference_samples": sum(len(batch) for batch in reference),
         "optimizer": options.optimizer,
         "lr": _learning_rate(options, inputs),
+        "clip_grad": options.clip_grad,
+        "regressor_iters": options.regressor_iters,
         "influence_mean": float(influences.mean()),
         "influence_std": float(influences.std()),
         "held_out_spearman": correlation,
@@ -124,39 +127,50 @@ def _learning_rate(options: MatesConfig, inputs: Inputs) -> float:
 def _probe(options: MatesConfig, inputs: Inputs, units: np.ndarray, reference: list[Batch]) -> np.ndarray:
     """Influence of every unit, fp64 in their order, on every rank; what files have already is not measured again."""
     groups, folder = inputs.groups, inputs.folder / "probes"
-    starts = range(0, len(units), PROBES_PER_FILE)
-    paths = {start: folder / f"{start:09d}.npy" for start in starts}
-    missing = broadcast_object([start for start in starts if not paths[start].is_file()], groups)
-    found = len(units) - sum(len(units[start : start + PROBES_PER_FILE]) for start in missing)
+    parts = [units[start : start + PROBES_PER_FILE] for start in range(0, len(units), PROBES_PER_FILE)]
+    paths = [folder / f"{number:06d}.npy" for number in range(len(parts))]
+    missing = broadcast_object([number for number, path in enumerate(paths) if not path.is_file()], groups)
+    work = [(paths[number], parts[number]) for number in missing]
     with progress(
         len(units),
         description=f"{inputs.description} mates probes",
         unit="probes",
         enabled=inputs.show_progress,
-        initial=found,
+        initial=len(units) - sum(len(part) for _, part in work),
     ) as bar:
-        if missing:
-            _measure(options, inputs, units, reference, [paths[start] for start in missing], missing, bar)
+        if work:
+            folder.mkdir(parents=True, exist_ok=True)
+            _measure(options, inputs, reference, work, bar)
     with failing_together(groups):
-        influences = np.concatenate([np.load(path) for path in paths.values()]) if groups.is_main else None
+        influences = np.concatenate([np.load(path) for path in paths]) if groups.is_main else None
     return broadcast_object(influences, groups)
 
 
 def _measure(
-    options: MatesConfig,
-    inputs: Inputs,
-    units: np.ndarray,
-    reference: list[Batch],
-    paths: list[Path],
-    starts: list[int],
-    bar,
+    options: MatesConfig, inputs: Inputs, reference: list[Batch], work: list[tuple[Path, np.ndarray]], bar: Progress
 ) -> None:
     """Replicas take files in turn; after each turn all ranks meet, so that an error of one ends the others, too."""
     groups = inputs.groups
     target = inputs.load_target()
+    probe = Probe(target, _step(options, inputs, target), reference, groups)
+    is_writer = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
+    for first in range(0, len(work), groups.data_parallel_size):
+        turn = work[first : first + groups.data_parallel_size]
+        with failing_together(groups):
+            for path, units in turn[groups.data_parallel_rank :][:1]:  # none, where the last turn is not full
+                influences = [probe.influence(inputs.source.batch(units[i : i + 1])) for i in range(len(units))]
+                if is_writer:
+                    save_array(path, np.array(influences))
+        bar.update(sum(len(units) for _, units in turn))
+    del probe, target
+    gc.collect()  # megatron-core's hooks hold weights in reference cycles
+
+
+def _step(options: MatesConfig, inputs: Inputs, target: Target) -> Step:
+    """The step that the target's training would take next, or one along the gradient."""
     moments = inputs.load_moments(target) if options.optimizer == "adam" else None
     adam = inputs.target_optimizer
-    step = Step(
+    return Step(
         _learning_rate(options, inputs),
         options.clip_grad,
         moments,
@@ -164,21 +178,6 @@ def _measure(
         beta2=adam.adam_beta2,
         eps=adam.adam_eps,
     )
-    probe = Probe(target, step, reference, groups)
-    is_writer = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for turn in range(0, len(starts), groups.data_parallel_size):
-        with failing_together(groups):
-            mine = turn + groups.data_parallel_rank
-            if mine < len(starts):
-                ids = units[starts[mine] : starts[mine] + PROBES_PER_FILE]
-                influences = [probe.influence(inputs.source.batch(ids[i : i + 1])) for i in range(len(ids))]
-                if is_writer:
-                    save_array(paths[mine], np.array(influences))
-        done = starts[turn : turn + groups.data_parallel_size]
-        bar.update(sum(len(units[start : start + PROBES_PER_FILE]) for start in done))
-    del probe, target, moments, step
-    gc.collect()  # megatron-core's hooks hold weights in reference cycles
 
 
 # Regress

@@ -278,7 +278,7 @@ def of_rank(rank: int, world_size: int, folder: Path) -> tuple:
 def test_replicas_share_the_probes(folder: Path, alone: Scores) -> None:
     (values, settings), (other, _) = run_distributed(of_rank, 2, folder)
     assert other is None and sorted(path.name for path in (folder / "ranks" / "probes").iterdir()) == [
-        f"{start:09d}.npy" for start in (0, 16, 32)
+        f"{number:06d}.npy" for number in range(3)
     ]
     for path in (folder / "ranks" / "probes").iterdir():
         np.testing.assert_array_equal(np.load(path), np.load(folder / "alone" / "probes" / path.name))
@@ -370,3 +370,4 @@ def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # no
     page = (folder / "report.html").read_text()
     check_page(page)
     assert all(f"Scores, {arm}" in page for arm in ("bliss", "dsir", "mates"))
+    assert page.count("Rank correlation with what was measured, on held-out units: ") == 1
