@@ -11,6 +11,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_bliss.baselines import BASELINES
+from megatron_bliss.baselines.mates import FEWEST_PROBES
+from megatron_bliss.baselines_config import BaselinesConfig
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
@@ -150,6 +152,10 @@ def _check_sizes(config: Config) -> None:
         "scoring.micro_batch_size": config.scoring.micro_batch_size,
         "baselines.dsir.buckets": config.baselines.dsir.buckets,
         "baselines.dsir.max_ngram": config.baselines.dsir.max_ngram,
+        "baselines.mates.reference_samples": config.baselines.mates.reference_samples,
+        "baselines.mates.micro_batch_size": config.baselines.mates.micro_batch_size,
+        "baselines.mates.regressor_iters": config.baselines.mates.regressor_iters,
+        "baselines.mates.regressor_batch_size": config.baselines.mates.regressor_batch_size,
         "pretraining.warmup_iters": config.pretraining.warmup_iters,
         "pretraining.train_iters": config.pretraining.train_iters,
         "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
@@ -173,12 +179,31 @@ def _check_sizes(config: Config) -> None:
     if config.proxy.warmup_micro_batch_size < 0:
         found = config.proxy.warmup_micro_batch_size
         raise ValueError(f"found proxy.warmup_micro_batch_size {found}, expected 0 (all samples at once) or more")
-    if config.baselines.dsir.noise < 0:
-        raise ValueError(f"found baselines.dsir.noise {config.baselines.dsir.noise}, expected 0 or more")
+    _check_baselines(config.baselines)
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
+
+
+def _check_baselines(baselines: BaselinesConfig) -> None:
+    mates = baselines.mates
+    not_negative = {
+        "dsir.noise": baselines.dsir.noise,
+        "mates.lr": mates.lr,
+        "mates.clip_grad": mates.clip_grad,
+        "mates.regressor_weight_decay": mates.regressor_weight_decay,
+    }
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"found baselines.{name} {value}, expected 0 or more")
+    if mates.regressor_lr <= 0:
+        raise ValueError(f"found baselines.mates.regressor_lr {mates.regressor_lr}, expected more than 0")
+    if mates.probe_units < FEWEST_PROBES:
+        raise ValueError(
+            f"found baselines.mates.probe_units {mates.probe_units}, expected {FEWEST_PROBES} or more (thousands for "
+            "scores that mean something)"
+        )
 
 
 def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:

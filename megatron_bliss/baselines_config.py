@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,38 @@ class DsirConfig:
 
 
 @dataclass(frozen=True)
+class MatesConfig:
+    """The arm mates: data influence models (arXiv 2406.06046).
+
+    Probing holds the target in fp32 at 20 bytes per parameter of a rank's part (12 with sgd) and takes, per probed
+    unit, three forward passes' work on it and one on the reference samples.
+    """
+
+    probe_units: int = 10_000
+    """Units of the shard whose influence is measured each round (all, where there are fewer); a tenth is held out."""
+    reference_samples: int = 256
+    """Samples of the guiding set on which a probe's loss is measured (all, where there are fewer), drawn each round."""
+    micro_batch_size: int = 16
+    """Reference samples of one forward pass of one replica of the target."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """A probe's step: Adam from the target's saved moments, as training and the paper do, or along the gradient."""
+    lr: float = 0.0
+    """Learning rate of a probe's step (0: pretraining.optimizer.lr)."""
+    clip_grad: float = 1.0
+    """Largest norm of a probed unit's gradient (0: no clipping)."""
+    regressor_iters: int = 1000
+    """Steps of the data influence model (the proxy's trunk with a linear unit) on the probed units."""
+    regressor_batch_size: int = 64
+    """Probed units per step over all ranks."""
+    regressor_lr: float = 5e-5
+    """Learning rate of the data influence model at its first step; it falls linearly to 0."""
+    regressor_weight_decay: float = 0.01
+    """Its decoupled weight decay (not on norms and biases)."""
+
+
+@dataclass(frozen=True)
 class BaselinesConfig:
     """Options of selection methods that runs compare with, each an arm of its own."""
 
     dsir: DsirConfig = field(default_factory=DsirConfig)
+    mates: MatesConfig = field(default_factory=MatesConfig)

@@ -355,7 +355,7 @@ class Config:
     seed: int = 1234
     """Seed of initial weights, data order and random selection."""
     arms: str = "bliss,random"
-    """Comma-separated selection methods, each with its own target: bliss, random, dsir."""
+    """Comma-separated selection methods, each with its own target: bliss, random, dsir, mates."""
     rounds: int = 4
     """R, rounds of [bilevel, score, select, pretrain, evaluate] after the warm-up."""
     stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"]] = None

@@ -145,7 +145,7 @@ def histogram_chart(groups: Mapping[str, np.ndarray], *, title: str, x_label: st
         axes.stairs(share, edges, color=SERIES[index % len(SERIES)], linewidth=1.4)
         axes.stairs(share, edges, color=SERIES[index % len(SERIES)], alpha=0.12, fill=True)
     axes.set_xlabel(x_label)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if value >= 0.01 else f"{value:.1%}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", linewidth=0.6)
     return _svg(figure, title)

@@ -339,12 +339,24 @@ def evaluate_loss(target: Target, batches: Sequence[Batch], groups: Groups) -> f
     forward pass. ValueError where no token is labelled.
     """
     mine = list(batches)[groups.data_parallel_rank :: groups.data_parallel_size]
-    rows = max((len(batch) for batch in mine), default=0)
-    width = max((batch.tokens.shape[1] for batch in mine), default=0)
+    total = label_losses(target, mine, groups)
+    dist.all_reduce(total, group=groups.world_group)
+    if not total[1]:
+        raise ValueError("found no labelled token in the evaluation batches, expected at least one: check the test set")
+    return (total[0] / total[1]).item()
+
+
+def label_losses(target: Target, batches: Sequence[Batch], groups: Groups) -> Tensor:
+    """[sum of -log p, count], fp64, over the labelled tokens of batches that a model-parallel group brings.
+
+    Collective over that group; one of its ranks has the numbers, the others zeros: a sum over ranks is exact.
+    """
+    rows = max((len(batch) for batch in batches), default=0)
+    width = max((batch.tokens.shape[1] for batch in batches), default=0)
     multiple = groups.tensor_model_parallel_size if target[0].config.sequence_parallel else 1
     width += -width % multiple
     micro_batches, masks = [], []
-    for batch in mine:
+    for batch in batches:
         tokens, mask = batch.tokens, batch.label_mask
         if groups.pipeline_model_parallel_size > 1 or multiple > 1:  # one shape for all micro-batches of a pipeline
             tokens, mask = _pad(tokens, rows, width), _pad(mask, rows, width)
@@ -358,11 +370,7 @@ def evaluate_loss(target: Target, batches: Sequence[Batch], groups: Groups) -> f
     parts = forward_only(target, micro_batches, collect, groups)
     counted = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
     sums = [math.fsum(part[i] for part in parts) if counted else 0.0 for i in (0, 1)]
-    total = torch.tensor(sums, dtype=torch.float64, device=groups.device)
-    dist.all_reduce(total, group=groups.world_group)
-    if not total[1]:
-        raise ValueError("found no labelled token in the evaluation batches, expected at least one: check the test set")
-    return (total[0] / total[1]).item()
+    return torch.tensor(sums, dtype=torch.float64, device=groups.device)
 
 
 def _pad(tensor: Tensor, rows: int, width: int) -> Tensor:

@@ -25,6 +25,7 @@ from megatron_bliss.summary import (
     first_reach,
     format_bytes,
     format_flops,
+    other_speedups,
     speedup_sentence,
     stage_key,
 )
@@ -115,7 +116,9 @@ def _target_section(run: RunData) -> str:
     rest = [_target_figure(run, name, is_wide=False) for name in names[1:]]
     pairs = [f'<div class="pair">{"".join(rest)}</div>'] if rest else []
     note = "Mean loss of the target per labelled token, in nats, on the held-out sets, at equal target tokens."
-    return section("What selection was worth", note, *wide, *pairs, _final_table(run))
+    words = other_speedups(run.summary) if run.summary else []
+    others = [f"<p>{escape(text[:1].upper() + text[1:])}</p>" for text in words]
+    return section("What selection was worth", note, *wide, *pairs, _final_table(run), *others)
 
 
 def _target_figure(run: RunData, name: str, *, is_wide: bool) -> str:
@@ -150,7 +153,7 @@ def _final_table(run: RunData) -> str:
             row.append("-" if None in both else f"{both[0] - both[1]:+.4f}".replace("-", "−"))
             row.append("-" if ratio is None else f"{ratio:.2f}×")
         rows.append(row)
-    header = ["final loss", *arms, *([f"{CHOSEN} − {CONTROL}", "speed-up"] if is_pair else [])]
+    header = ["final loss", *arms, *([f"{CHOSEN} − {CONTROL}", f"{CHOSEN}'s speed-up"] if is_pair else [])]
     return table(header, rows)
 
 
@@ -232,12 +235,19 @@ def _score_section(run: RunData) -> str:
         groups = {f"round {number}": scores for number, scores in rounds.items()}
         svg = histogram_chart(groups, title=f"scores {arm}", x_label="score")
         keys = {label: index for index, label in enumerate(groups)}
-        figures.append(figure(f"Scores, {arm}", "Share of the shard's units.", svg, keys))
+        caption = f"Share of the shard's units.{_held_out(run.correlations.get(arm, {}))}"
+        figures.append(figure(f"Scores, {arm}", caption, svg, keys))
     for (arm, name), groups in run.scores_by_field.items():
         svg = strip_chart(groups, title=f"scores by {name} {arm}", x_label="score")
         caption = "Last scored round. Dot: median; thick: middle half; thin: 5 to 95 %; in brackets: units."
         figures.append(figure(f"Scores by {name}, {arm}", caption, svg))
     return section("Scores", "", *figures)
+
+
+def _held_out(correlations: Mapping[int, float]) -> str:
+    """How well scores rank what they predict, for methods that measure it."""
+    rounds = ", ".join(f"{value:.2f} in round {number}" for number, value in sorted(correlations.items()))
+    return f" Rank correlation with what was measured, on held-out units: {rounds}." if rounds else ""
 
 
 def _domain_section(run: RunData) -> str:
@@ -254,8 +264,11 @@ def _share_table(run: RunData, field: str, content: Mapping) -> str:
     arms = [first, *(arm for arm in selected if arm != first)]
     top = max([*pool.values(), *(share for arm in arms for share in selected[arm].values())])
     rows = []
+    drawn = [arm for arm in arms if arm == first or arm != CONTROL]  # the control's bars would be the pool's again
     for label, share, chosen, factor in by_lift(pool, selected[first]):
-        bars = _bar(share / top, "var(--series-6)") + _bar(chosen / top, color_variable(run.color(first)))
+        bars = _bar(share / top, "var(--series-6)")
+        for arm in drawn:
+            bars += _bar(selected[arm].get(label, 0.0) / top, color_variable(run.color(arm)))
         rest = "".join(f'<td class="number">{selected[arm].get(label, 0.0):.1%}</td>' for arm in arms[1:])
         rows.append(
             f'<tr><td class="label" title="{escape(label)}">{escape(label)}</td><td class="bars">{bars}</td>'
@@ -264,7 +277,7 @@ def _share_table(run: RunData, field: str, content: Mapping) -> str:
             f"</td>{rest}</tr>"
         )
     heads = "".join(f'<th class="number">{escape(text)}</th>' for text in ["pool", first, "ratio", *arms[1:]])
-    keys = {"pool": "var(--series-6)", first: color_variable(run.color(first))}
+    keys = {"pool": "var(--series-6)"} | {arm: color_variable(run.color(arm)) for arm in drawn}
     legend = "".join(
         f'<span class="key"><i style="background:{color}"></i>{escape(text)}</span>' for text, color in keys.items()
     )

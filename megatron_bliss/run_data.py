@@ -39,6 +39,8 @@ class RunData:
     stages: list[dict] = field(default_factory=list)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     scores_by_field: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
+    correlations: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Per arm and round, where scores predict something: rank correlation with it on held-out units."""
     samples: dict[tuple[str, int], dict] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -100,6 +102,10 @@ def read_run(folder: Path) -> RunData:
         scores = _attempt(run, path.relative_to(folder), _read_scores, path)
         if scores is not None and len(scores):
             run.scores.setdefault(arm, {})[number] = scores
+    for arm, number, path in _stage_files(folder, "score/scores.json"):
+        correlation = _attempt(run, path.relative_to(folder), _read_correlation, path)
+        if correlation is not None:
+            run.correlations.setdefault(arm, {})[number] = correlation
     for arm, number, path in _stage_files(folder, "select/samples.json"):
         samples = _attempt(run, path.relative_to(folder), _read_samples, path)
         if samples is not None:
@@ -186,6 +192,11 @@ def _read_scores(path: Path) -> np.ndarray:
     scores = np.load(path, mmap_mode="r", allow_pickle=False)
     scores = np.asarray(scores[_thin(len(scores))], dtype=np.float64)
     return scores[np.isfinite(scores)]
+
+
+def _read_correlation(path: Path) -> float | None:
+    correlation = read_json(path).get("held_out_spearman")
+    return None if correlation is None else float(correlation)
 
 
 def _scores_by_field(folder: Path, arm: str, number: int) -> dict[str, dict[str, np.ndarray]]:

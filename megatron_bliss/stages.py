@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_bliss import checkpoint
 from megatron_bliss.baselines import BASELINES, Inputs, Scores
-from megatron_bliss.bilevel.loop import run_steps
+from megatron_bliss.bilevel.loop import Trainer, run_steps
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.precision import DTYPES
 from megatron_bliss.bilevel.teacher import TargetTeacher
@@ -34,6 +34,7 @@ from megatron_bliss.pretrained import load_pretrained_proxy
 from megatron_bliss.run_corpora import guiding_prefix, shard_prefix, shares_by_field
 from megatron_bliss.scoring import gather_scores, save_array, score_units
 from megatron_bliss.session import Session, derive_seed
+from megatron_bliss.target_checkpoint import load_moments
 from megatron_bliss.target_stages import load_saved_target, target_checkpoint
 
 FINAL_STATE = "final.pt"
@@ -107,7 +108,7 @@ def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> 
             save_array(folder / "scores.npy", scores.values)
             write_json(folder / "scores.json", settings | scores.settings)
             shutil.rmtree(parts, ignore_errors=True)
-    return {"flops": scores.flops}
+    return {"flops": scores.flops, "warnings": scores.warnings}
 
 
 def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
@@ -141,19 +142,32 @@ def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, 
 
 def _score_by_baseline(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
     """The arm's own method on the same shard and guiding set."""
-    config = session.config
+    config, groups = session.config, session.groups
+
+    def checkpoint_path() -> Path:  # asked for by methods that look at the target only
+        return target_checkpoint(session, arm, round_number - 1)
+
+    def train(trainer: Trainer, steps: int) -> None:
+        folder = parts / "training"
+        folder.mkdir(parents=True, exist_ok=True)
+        _run_trainer(session, trainer, steps, folder, arm, round_number, "score")
+
     inputs = Inputs(
         source=source,
         reference=open_labelled(guiding_prefix(session), config.data.seq_length),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=derive_seed(config.seed, "score", arm, round_number),
         folder=parts,
-        groups=session.groups,
+        groups=groups,
         micro_batch_size=config.scoring.micro_batch_size,
         show_progress=session.show_progress,
         description=f"round {round_number}",
-        load_target=lambda: load_saved_target(session, target_checkpoint(session, arm, round_number - 1)),
+        load_target=lambda: load_saved_target(session, checkpoint_path(), params_dtype="fp32"),
+        load_moments=lambda target: load_moments(checkpoint_path(), target, groups),
+        target_architecture=session.target_architecture,
+        target_optimizer=config.pretraining.optimizer,
         new_score_model=lambda: _new_regressor(session, arm, round_number),
+        train=train,
     )
     return BASELINES[arm](config.baselines, inputs)
 

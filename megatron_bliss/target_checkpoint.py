@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -35,9 +36,12 @@ from megatron_bliss.checkpoint import (
 from megatron_bliss.files import publish, sync_folder, write_json
 from megatron_bliss.models.target import Target
 from megatron_bliss.models.target_state import (
+    MOMENTS,
     OPTIMIZER_PREFIX,
+    Moments,
     Piece,
     make_optimizer_state,
+    moment_shards,
     optimizer_shards,
     optimizer_step,
     pieces,
@@ -208,6 +212,24 @@ def load_target_and_optimizer(
         optimizer.reload_model_params()
     make_optimizer_state(optimizer, common["optimizer_step"])
     return common["shared"]
+
+
+def load_moments(path: str | Path, target: Target, groups: Groups) -> Moments:
+    """Collective: the moments with which training would go on from a checkpoint of any layout.
+
+    ValueError on every rank where the checkpoint has weights only.
+    """
+    parts = pieces(target, groups)
+    metadata = _open(path, target, parts, groups)
+    if not any(name.startswith(OPTIMIZER_PREFIX) for name in metadata.state_dict_metadata):
+        raise ValueError(f"found weights only in checkpoint {path}, expected the optimizer's moments, too")
+    pairs = {
+        id(parameter): tuple(torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) for _ in MOMENTS)
+        for chunk in target
+        for parameter in chunk.parameters()
+    }
+    common = _read(path, metadata, moment_shards(parts, pairs))
+    return Moments(common["optimizer_step"], list(pairs.values()))
 
 
 def _read(path: str | Path, metadata: Metadata, shards: list[ShardedTensor]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Round 0 is the warm-up. As in stages.py, a stage reads the folders of earlier on
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,15 +144,16 @@ def target_checkpoint(session: Session, arm: str, round_number: int) -> Path:
     return folder / session.folder.require(folder, "a stage that needs this target")["checkpoint"]
 
 
-def load_saved_target(session: Session, path: Path) -> Target:
-    """A checkpoint of the target, read back and not to be trained."""
+def load_saved_target(session: Session, path: Path, params_dtype: str | None = None) -> Target:
+    """A checkpoint of the target, read back and not to be trained; in the run's precision unless another is named."""
     config = session.config
+    platform = dataclasses.replace(config.platform, params_dtype=params_dtype or config.platform.params_dtype)
     return load_target(
         path,
         target_config=config.target,
         architecture=session.target_architecture,
         groups=session.groups,
-        platform=config.platform,
+        platform=platform,
         seq_length=config.data.seq_length,
         seed=config.seed,
     )

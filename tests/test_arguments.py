@@ -89,6 +89,9 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
         ("--target.preset=null", "target.preset"),
+        ("--baselines.mates.probe_units=19", "baselines.mates.probe_units 19, expected 20 or more"),
+        ("--baselines.mates.regressor_iters=0", "baselines.mates.regressor_iters 0, expected 1 or more"),
+        ("--baselines.mates.lr=-1", "baselines.mates.lr -1.0, expected 0 or more"),
         ("--evaluation.tasks=[sciq]", "evaluation.data_dir ''"),
     ],
 )

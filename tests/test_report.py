@@ -225,16 +225,16 @@ def test_damaged_pieces_are_named_and_the_rest_is_shown(tmp_path):
     write_stage(tmp_path, "bliss/round_01/bilevel")
     (tmp_path / "summary.json").write_text('{"arms": ')
     (tmp_path / "metrics.jsonl").write_text("oops\n{}\n")
-    for name, content in (("score/scores.npy", b"junk"), ("select/samples.json", b"[1]")):
+    damaged = {"score/scores.npy": b"junk", "score/scores.json": b"[1]", "select/samples.json": b"[1]"}
+    for name, content in damaged.items():
         path = tmp_path / "bliss/round_01" / name
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     page = check_page(build_report(tmp_path))
     for name in (
         "summary.json",
         "metrics.jsonl",
-        "bliss/round_01/score/scores.npy",
-        "bliss/round_01/select/samples.json",
+        *(f"bliss/round_01/{name}" for name in damaged),
     ):
         assert f"{name}: could not be read" in page.text
     assert "1:02" in page.text  # the finished stage

@@ -15,6 +15,7 @@ from megatron_bliss.summary import (
     format_flops,
     format_table,
     loss_at,
+    other_speedups,
     read_stages,
     shares,
     speedup,
@@ -130,6 +131,16 @@ def test_speedup_is_null_without_one_of_the_arms():
 )
 def test_speedup_is_said_plainly(bliss, sentence):
     assert speedup_sentence(example(bliss=evaluations(bliss))) == sentence
+
+
+def test_every_other_arm_has_its_own_sentence():
+    summary = example(dsir=evaluations([8, 5, 4, 3]), mates=evaluations([8, 7, 6, 6]))
+    dsir, mates = other_speedups(summary)
+    assert dsir == "dsir reached random's final loss 5 at step 100 of 200: 2.00x fewer steps."
+    assert mates == "No speed-up: mates never reached random's final loss 5 (its best: 6)."
+    assert dsir in format_table(summary) and mates in format_table(summary)
+    alone = {"mates": evaluations([8, 5])}
+    assert other_speedups(build_summary(alone, stages=[], domains_by_field={}, seed=1, config_text="")) == []
 
 
 def test_table_says_it_all_in_a_hundred_columns():

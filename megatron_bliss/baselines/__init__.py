@@ -2,9 +2,10 @@
 
 from megatron_bliss.baselines.dsir import dsir_scores
 from megatron_bliss.baselines.inputs import Inputs, Scores
+from megatron_bliss.baselines.mates import mates_scores
 from megatron_bliss.baselines.random import random_scores
 
-BASELINES = {"random": random_scores, "dsir": dsir_scores}
+BASELINES = {"random": random_scores, "dsir": dsir_scores, "mates": mates_scores}
 """name -> function(BaselinesConfig, Inputs) -> Scores, called on every rank."""
 
 __all__ = ["BASELINES", "Inputs", "Scores"]

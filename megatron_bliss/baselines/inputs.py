@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss.bilevel.loop import Trainer
+from megatron_bliss.config import OptimizerConfig
 from megatron_bliss.data.batches import BatchSource, UnitDataset
+from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.target import Target
+from megatron_bliss.models.target_state import Moments
 from megatron_bliss.parallel import Groups
 
 
@@ -36,15 +40,25 @@ class Inputs:
     description: str
     """Begins every line of progress."""
     load_target: Callable[[], Target]
-    """The arm's target as the round before left it, not to be trained; collective."""
+    """The arm's target as the round before left it, not to be trained; collective. In fp32 whatever the run's
+    precision: bf16 would round small steps away."""
+    load_moments: Callable[[Target], Moments]
+    """The Adam moments that were saved with it; collective."""
+    target_architecture: Architecture
+    target_optimizer: OptimizerConfig
+    """How the target is trained."""
     new_score_model: Callable[[], ScoreModel]
     """A regressor for units: the warmed-up proxy's trunk with a new linear unit, no activation."""
+    train: Callable[[Trainer, int], None]
+    """Take a trainer to so many steps, logged and saved on the way as a stage's own training is; collective."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """float32 [units], all finite, higher is better: on the main rank; what made them; model FLOPs of it."""
+    """float32 [units], all finite, higher is better: on the main rank; what made them; model FLOPs of it; what was
+    warned of."""
 
     values: np.ndarray | None
     settings: dict = field(default_factory=dict)
     flops: float = 0.0
+    warnings: list[str] = field(default_factory=list)

@@ -82,6 +82,24 @@ def optimizer_shards(optimizer: MegatronOptimizer, parts: list[Piece]) -> list[S
     return shards
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Adam's moments of this rank's weights, fp32, one pair per parameter in order, after ``step`` updates."""
+
+    step: int
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+def moment_shards(parts: list[Piece], pairs: dict[int, tuple[Tensor, Tensor]]) -> list[ShardedTensor]:
+    """The moments of whole parameters, by a parameter's id: reading into a shard fills them."""
+    return [
+        shard
+        for part in parts
+        for name, tensor in zip(MOMENTS, pairs[id(part.parameter)], strict=True)
+        for shard in _boxes_of(tensor, name, 0, part, False)
+    ]
+
+
 def _owned(outer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:
     """(model parameter, the inner optimizer's parameter, where that begins in the flattened model parameter)."""
     if outer.optimizer is None:

@@ -44,7 +44,11 @@ def inputs(folder: Path, groups, **changes) -> Inputs:
         "show_progress": False,
         "description": "round 1",
         "load_target": None,
+        "load_moments": None,
+        "target_architecture": None,
+        "target_optimizer": None,
         "new_score_model": None,
+        "train": None,
     }
     return Inputs(**defaults | changes)
 
