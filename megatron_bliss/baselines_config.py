@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+HELD_OUT = 0.1
+"""Share of the probes of mates that its data influence model does not see, as in the paper."""
+
 
 @dataclass(frozen=True)
 class DsirConfig:

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_bliss.arguments import ROUND_STAGES, arm_names, check_layout, check_options, has_stage, not_ready
 from megatron_bliss.config import Config, PlatformConfig
-from megatron_bliss.flops import bilevel_flops, proxy_warmup_flops, scoring_flops, training_flops
+from megatron_bliss.flops import bilevel_flops, mates_flops, proxy_warmup_flops, scoring_flops, training_flops
 from megatron_bliss.learning_rate import learning_rate_at
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.models.target_layout import check_layout as check_target_layout
 from megatron_bliss.parallel import check_world_size
-from megatron_bliss.plan_corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary
+from megatron_bliss.plan_corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan_memory import memory_plan
 from megatron_bliss.pretrained import configured_architecture
 from megatron_bliss.target_trainer import data_parallel_config, num_micro_batches
@@ -154,11 +154,27 @@ def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: C
         yield _record("shared", 0, f"warmup {stage}", *cost)
     for arm in arm_names(config):
         for number in range(1, config.rounds + 1):
-            scored = corpus.tokens[number] if arm == "bliss" else 0
-            costs = {**fixed, "score": (scored, float(scoring_flops(scored, proxy, seq_length)))}
+            costs = {**fixed, "score": _scoring(config, arm, number, target, proxy, corpus)}
             for stage in ROUND_STAGES:
                 if has_stage(config, arm, stage):
                     yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
+
+
+def _scoring(
+    config: Config, arm: str, number: int, target: Architecture, proxy: Architecture, corpus: Corpus
+) -> tuple[int, float]:
+    """Tokens of the shard that a model reads, and all FLOPs of the stage; units that mates probes count as long as they
+    can be."""
+    units, tokens, length = corpus.units[number], corpus.tokens[number], config.data.seq_length
+    if arm == "bliss":
+        return tokens, float(scoring_flops(tokens, proxy, length))
+    if arm != "mates":
+        return 0, 0.0
+    mates = config.baselines.mates
+    probed = min(mates.probe_units, units)
+    sizes = {"probed_units": probed, "probed_tokens": probed * length, "shard_tokens": tokens}
+    sizes["reference_tokens"] = reference_tokens(config)
+    return tokens, mates_flops(mates, proxy, target, length, **sizes)
 
 
 def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dict:
@@ -170,7 +186,7 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     platform, flops = config.platform, record["flops"]
     parts = {platform.params_dtype: flops}
     if record["stage"] in ("warmup proxy", "score"):
-        parts = {_small_dtype(config, record["stage"]): flops}
+        parts = {_small_dtype(config, record["stage"]) if record["arm"] != "mates" else "fp32": flops}
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision
         alone = bilevel_flops(replace(config.bilevel, kl_weight=0.0), proxy, target, config.data.seq_length)
         parts = {platform.params_dtype: flops - alone}
@@ -190,7 +206,8 @@ def _small_dtype(config: Config, stage: str) -> str:
 def _assumptions(config: Config, machine: Machine) -> list[str]:
     """What the times rest on."""
     small = machine.proxy_mfu or machine.mfu
-    alone = (_small_dtype(config, stage) for stage in ("score", "warmup proxy"))
+    alone = [_small_dtype(config, stage) for stage in ("score", "warmup proxy")]
+    alone += ["fp32"] if "mates" in arm_names(config) else []
     dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, *alone))
     peaks = {dtype: machine.peak(config.platform, dtype) for dtype in dtypes}
     if None in peaks.values():

@@ -193,3 +193,14 @@ def _kept(config: Config, first: int, last: int) -> int:
     """Checkpoints that a segment leaves: at multiples of ``save_interval`` and at its end."""
     interval = config.checkpoint.save_interval
     return min(config.checkpoint.keep, (last - 1) // interval - first // interval + 1) if last > first else 0
+
+
+def reference_tokens(config: Config) -> int:
+    """Tokens of the samples on which mates measures a probe: of mean length where the guiding set is there, else of the
+    greatest."""
+    samples, length = config.baselines.mates.reference_samples, config.data.seq_length
+    prefix = config.data.validation_prefix
+    if not prefix or not Path(manifest_path(prefix)).is_file():
+        return samples * length
+    counts = read_manifest(prefix)["counts"]
+    return int(min(samples, counts["units"]) * min(length, counts["tokens"] / max(counts["units"], 1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_bliss.arguments import arm_names
 from megatron_bliss.bilevel.memory import (
     GIB,
     block_elements,
@@ -46,6 +47,7 @@ def memory_plan(
     """
     sizing = _Sizing(config, device, layout, memory_gib, target, proxy)
     stages = [sizing.training(), sizing.proxy_warmup(), sizing.bilevel(), sizing.score(), sizing.evaluate()]
+    stages += [sizing.mates()] if "mates" in arm_names(config) else []
     largest = max(stages, key=lambda stage: stage["total"])
     too_large = [stage for stage in stages if memory_gib and stage["total"] > memory_gib * GIB * (1 - ROOM)]
     return {
@@ -177,6 +179,17 @@ class _Sizing:
         working = block_elements(self.proxy) * tokens * element_size
         return _entry("score", element_size * self.score_count, 0, 0, working)
 
+    def mates(self) -> dict:
+        """Probes: the target in fp32, a gradient on one unit, Adam's moments, and the weights to go back to."""
+        count = self.weights // self.element_size
+        moments = MOMENT_BYTES * count if self.config.baselines.mates.optimizer == "adam" else 0
+        sizes = {"stage": 0, "micro_batches": 1, "tokens": self.seq_length, "element_size": FP32_BYTES}
+        backward = activation_bytes(self.config.target, self.target, **sizes)
+        tokens = self.config.baselines.mates.micro_batch_size * self.seq_length
+        forward = forward_bytes(self.config.target, self.target, tokens, FP32_BYTES, with_logits=True)
+        saved = FP32_BYTES * count
+        return _entry("mates probes", FP32_BYTES * count, FP32_BYTES * count, moments, saved + max(backward, forward))
+
     def evaluate(self) -> dict:
         """The target as read back from disk, on test sets and tasks; the latter make their logits in small chunks."""
         working, evaluation = self._evaluation_bytes(), self.config.evaluation
@@ -212,6 +225,10 @@ def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
     return {
         "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
         "score": ["lower scoring.micro_batch_size"],
+        "mates probes": [
+            "raise target.tensor_model_parallel_size or target.pipeline_model_parallel_size, lower "
+            "baselines.mates.micro_batch_size, or set baselines.mates.optimizer sgd"
+        ],
         "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
     }[entry["stage"]]
 

@@ -63,9 +63,14 @@ def test_time_is_work_over_what_the_devices_reach() -> None:
     planned = plan("pythia_1b_c4", device="h100", mfu=0.5, proxy_mfu=0.25)
     stages = {(one["arm"], one["round"], one["stage"]): one for one in planned["stages"]}
     bf16, fp32 = (PEAK_TFLOPS["H100"][dtype] * 1e12 for dtype in ("bf16", "fp32"))
+    others = "--scoring.params_dtype", "fp32", "--arms", "bliss,random,mates"
+    exact = plan("pythia_1b_c4", *others, device="h100", mfu=0.5, proxy_mfu=0.25)
+    for one in exact["stages"]:
+        if one["stage"] == "score" and one["arm"] != "random":  # probes of mates are fp32 always
+            assert one["seconds"] == pytest.approx(one["flops"] / (8 * fp32 * 0.25)) and one["seconds"] > 0
     pretrain, score = stages["bliss", 2, "pretrain"], stages["bliss", 2, "score"]
     assert pretrain["seconds"] == pytest.approx(pretrain["flops"] / (8 * bf16 * 0.5))
-    assert score["seconds"] == pytest.approx(score["flops"] / (8 * fp32 * 0.25))
+    assert score["seconds"] == pytest.approx(score["flops"] / (8 * bf16 * 0.25))
     hours = sum(one["seconds"] for one in planned["stages"]) * 8 / 3600
     assert planned["total"]["device_hours"] == pytest.approx(hours)
     assert plan("pythia_1b_c4")["total"]["seconds"] is None
@@ -85,7 +90,7 @@ def test_the_frozen_target_keeps_its_own_precision() -> None:
 
 
 def test_what_bliss_costs_is_what_a_control_arm_does_not_do() -> None:
-    planned = plan("pythia_410m_c4", device="h200")
+    planned = plan("pythia_410m_c4", "--scoring.params_dtype", "fp32", device="h200")
     control = plan("pythia_410m_c4", "--arms", "random", device="h200")
     proxy = next(one["flops"] for one in control["stages"] if one["stage"] == "warmup proxy")
     alone = control["total"]["flops"] - proxy

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from megatron_bliss import parallel  # noqa: E402
 from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig  # noqa: E402
 from megatron_bliss.data.tokenizers import load_tokenizer  # noqa: E402
 from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks  # noqa: E402
+from megatron_bliss.evaluation.data_files import read_task  # noqa: E402
+from megatron_bliss.evaluation.tasks import make_task  # noqa: E402
 from megatron_bliss.files import atomic_file, read_json, write_json  # noqa: E402
 from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout, reader, target_layout  # noqa: E402
 from megatron_bliss.models.huggingface import config_json, open_huggingface, write_weights  # noqa: E402
@@ -178,25 +181,61 @@ def run_part(options: argparse.Namespace, model: Path, layout: str | None, found
     return read_json(f"{found}.json") | {"answers": np.load(f"{found}.npy")}
 
 
-def other_choices(found: dict, expected: dict) -> list[float]:
-    """Items of which another choice is taken, by log-likelihood or per character: how far apart the reference has the
-    two choices (nats, of the whole choice), one number an item and metric."""
+@dataclass(frozen=True)
+class Choice:
+    """An item of which another choice is taken than the reference takes, by log-likelihood (scale 1) or per character:
+    the two choices, and how far the reference has them apart (nats, of the whole choice)."""
+
+    task: str
+    document: int
+    taken: int
+    reference: int
+    scales: tuple[float, float]
+    gap: float
+
+
+def other_choices(found: dict, expected: dict) -> list[Choice]:
+    """One for every item and metric."""
     items: dict = defaultdict(list)
     for request, ours, theirs in zip(expected["requests"], found["answers"], expected["answers"], strict=True):
         task, document, choice, length = request
         items[task, document].append((choice, length, ours[0], theirs[0]))
-    apart, tasks = [], expected["document"]["tasks"]
-    for (task, _), choices in items.items():
+    different, tasks = [], expected["document"]["tasks"]
+    for (task, document), choices in items.items():
         _, length, ours, theirs = np.array(sorted(choices)).T
         scales = [np.ones_like(length), length]
         for scale in scales[: 1 + ("acc_norm" in tasks[task]["metrics"])]:
             taken, reference = int((ours / scale).argmax()), int((theirs / scale).argmax())
             if taken != reference:
-                apart.append(float((theirs / scale)[reference] - (theirs / scale)[taken]) * float(scale[taken]))
-    return apart
+                gap = float((theirs / scale)[reference] - (theirs / scale)[taken]) * float(scale[taken])
+                both = float(scale[taken]), float(scale[reference])
+                different.append(Choice(task, document, taken, reference, both, gap))
+    return different
 
 
-def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
+def right_choices(different: list[Choice], model: Path, options: argparse.Namespace) -> int:
+    """How often lm-eval's backend in fp64 prefers the choice that was taken to that of the fp32 reference."""
+    if not different:
+        return 0
+    from lm_eval.models.huggingface import HFLM
+
+    wanted = {(choice.task, choice.document) for choice in different}
+    requests = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sorted({choice.task for choice in different}):
+            task = make_task(name, read_task(name, Path(options.data_dir), allow_unknown=True), Path(folder))
+            task.build_all_requests(rank=0, world_size=1)
+            requests += [one for one in task.instances if (name, one.doc_id) in wanted]
+    exact = HFLM(pretrained=str(model), device="cpu", dtype="float64", batch_size=1)
+    answers = exact.loglikelihood(requests, disable_tqdm=True)
+    value = {(one.task_name, one.doc_id, one.idx): answer[0] for one, answer in zip(requests, answers, strict=True)}
+    return sum(
+        value[c.task, c.document, c.taken] / c.scales[0] > value[c.task, c.document, c.reference] / c.scales[1]
+        for c in different
+    )
+
+
+def compare(name: str, layout: str, found: dict, expected: dict, model: Path, options: argparse.Namespace) -> dict:
     """One row of the table; ValueError where the two did not answer the same requests."""
     ours, theirs = found["answers"], expected["answers"]
     if found["requests"] != expected["requests"]:
@@ -207,7 +246,7 @@ def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
     accuracies = [
         (task, metric) for task in tasks for metric in ("acc", "acc_norm") if metric in tasks[task]["metrics"]
     ]
-    apart = other_choices(found, expected)
+    different = other_choices(found, expected)
     return {
         "model": name,
         "layout": layout,
@@ -218,8 +257,9 @@ def compare(name: str, layout: str, found: dict, expected: dict) -> dict:
             f"{t} {m}" for t, m in accuracies if tasks[t]["metrics"][m] != reference[t]["metrics"][m]
         ],
         "accuracies": len(accuracies),
-        "other_choices": len(apart),
-        "largest_gap": max(apart, default=0.0),
+        "other_choices": len(different),
+        "largest_gap": max((choice.gap for choice in different), default=0.0),
+        "right_choices": right_choices(different, model, options),
         "seconds": found["seconds"],
         "reference_seconds": expected["seconds"],
     }
@@ -237,10 +277,11 @@ def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Nam
         f"{options.num_layers} layers x {options.hidden_size}, vocabulary {vocab_size:,}, fp32; trained:"
         f" {options.train_steps} steps of 1,024 tokens. {items.capitalize()}. Difference: largest of any request's"
         " log-likelihood (nats). Other choices: items, by log-likelihood and by log-likelihood per character, of which"
-        " another choice is taken than hf takes; their gap: the most that hf has the two choices apart (nats).\n",
-        "| model | layout | requests | difference | greedy differs | other choices | their gap |"
+        " another choice is taken than hf takes; their gap: the most that hf has the two choices apart (nats);"
+        " right in fp64: how many of them hf takes itself in fp64.\n",
+        "| model | layout | requests | difference | greedy differs | other choices | their gap | right in fp64 |"
         " accuracies that differ | seconds | hf's seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         differing = row["different_accuracies"]
@@ -252,6 +293,7 @@ def markdown(rows: list[dict], documents: dict[str, dict], options: argparse.Nam
             row["greedy_differs"],
             row["other_choices"],
             f"{row['largest_gap']:.1e}" if row["other_choices"] else "",
+            row["right_choices"] if row["other_choices"] else "",
             f"{len(differing)} of {row['accuracies']}" + (f" ({', '.join(differing)})" if differing else ""),
             f"{row['seconds']:.0f}",
             f"{row['reference_seconds']:.0f}",
@@ -287,7 +329,7 @@ def study(options: argparse.Namespace, folder: Path) -> str:
             documents[name] = expected["document"]
             for layout in options.layouts.split(";"):
                 found = run_part(options, model, layout, model / f"found-{layout.replace(' ', '-')}")
-                rows.append(compare(name, layout, found, expected))
+                rows.append(compare(name, layout, found, expected, model, options))
                 print(rows[-1], file=sys.stderr, flush=True)
     return markdown(rows, documents, options)
 

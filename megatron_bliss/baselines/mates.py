@@ -25,14 +25,14 @@ import torch.distributed as dist
 from megatron_bliss import checkpoint
 from megatron_bliss.baselines.inputs import Inputs, Scores
 from megatron_bliss.baselines.probing import Probe, Step
-from megatron_bliss.baselines_config import BaselinesConfig, MatesConfig
+from megatron_bliss.baselines_config import HELD_OUT, BaselinesConfig, MatesConfig
 from megatron_bliss.bilevel import vector
 from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.config import OptimizerConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, UnitDataset, rank_share
+from megatron_bliss.flops import mates_flops
 from megatron_bliss.metrics import Progress, progress
-from megatron_bliss.models.presets import flops_per_token, trunk_flops_per_token
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.target import Target
 from megatron_bliss.parallel import all_gather_object, broadcast_object, failing_together
@@ -40,13 +40,10 @@ from megatron_bliss.scoring import gather_scores, save_array, score_units
 
 FEWEST_PROBES = 20
 """So that two are held out; a rank correlation that says something takes hundreds."""
-HELD_OUT = 0.1
-"""Share of the probes that the data influence model does not see, as in the paper."""
 PROBES_PER_FILE = 16
 """Small enough to lose little by a kill: a probe of a large target takes seconds."""
 NOISE = 0.1
 """A held-out rank correlation below this is warned of."""
-BACKWARD_TO_FORWARD = 2
 
 
 def mates_scores(config: BaselinesConfig, inputs: Inputs) -> Scores:
@@ -309,14 +306,14 @@ def _warnings(correlation: float, inputs: Inputs) -> list[str]:
 
 
 def _flops(options: MatesConfig, inputs: Inputs, model: ScoreModel, units: np.ndarray, reference: list[Batch]) -> float:
-    """Model FLOPs of probes (gradient, and the reference before all and after each), regression and scores."""
     source, length = inputs.source, inputs.source.seq_length
-    probed = int(np.minimum(source.corpus.lengths[units], length).sum())
-    reference_tokens = sum(int(batch.lengths.sum()) for batch in reference)
-    training = 1 + BACKWARD_TO_FORWARD
-    read_by_target = training * probed + (len(units) + 1) * reference_tokens
-    regressed = training * options.regressor_iters * options.regressor_batch_size * probed / len(units)
-    read_by_model = regressed + HELD_OUT * probed + source.corpus.num_tokens
-    return read_by_target * flops_per_token(inputs.target_architecture, length) + read_by_model * trunk_flops_per_token(
-        model.architecture, length
+    return mates_flops(
+        options,
+        model.architecture,
+        inputs.target_architecture,
+        length,
+        probed_units=len(units),
+        probed_tokens=int(np.minimum(source.corpus.lengths[units], length).sum()),
+        reference_tokens=sum(int(batch.lengths.sum()) for batch in reference),
+        shard_tokens=source.corpus.num_tokens,
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_bliss.arguments import parse_arguments
 from megatron_bliss.baselines import BASELINES, Inputs, Scores, mates
 from megatron_bliss.baselines.probing import Probe, Step
 from megatron_bliss.baselines_config import BaselinesConfig, MatesConfig
@@ -27,6 +28,7 @@ from megatron_bliss.models.target import global_name
 from megatron_bliss.models.target_state import MOMENTS
 from megatron_bliss.models.target_weights import full_weights
 from megatron_bliss.models.transformer import LanguageModel
+from megatron_bliss.plan import Machine, make_plan
 from megatron_bliss.pretraining import load_target
 from megatron_bliss.target_checkpoint import load_moments, load_target_and_optimizer
 from megatron_bliss.target_gradient import parameters
@@ -34,7 +36,7 @@ from megatron_bliss.target_trainer import TargetTrainer
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
 from tests.test_report import check_page
-from tests.test_rounds import corpus, metric_lines, run  # noqa: F401 - a fixture
+from tests.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
 INTERLEAVED = replace(layout(1, 2), virtual_pipeline_model_parallel_size=2)
@@ -359,6 +361,10 @@ def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # no
     assert len({tuple(map(tuple, arm["validation_loss"][:2])) for arm in summary["arms"].values()}) == 1  # warm-up
     assert len({tuple(arm["validation_loss"][-1]) for arm in summary["arms"].values()}) == 4
     stages = {(record["arm"], record["round"], record["stage"]): record for record in summary["stages"]}
+    plan = make_plan(parse_arguments(command(corpus, folder, *RUN)[2:]), Machine(world_size=1))
+    planned = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in plan["stages"]}
+    for key, flops in planned.items():
+        assert (0.5 if key[::2] == ("mates", "score") else 1) * flops <= stages[key]["flops"] <= flops, key
     for number in (1, 2):
         place = folder / "mates" / f"round_{number:02d}" / "score"
         settings = json.loads((place / "scores.json").read_text())
