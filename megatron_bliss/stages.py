@@ -47,7 +47,7 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
     proxy = _new_proxy(session)
     if config.proxy.pretrained_checkpoint:
         load_pretrained_proxy(proxy, config.proxy.pretrained_checkpoint)
-    source = UnitDataset(shard_prefix(session, 0), config.data.seq_length)
+    source = UnitDataset(shard_prefix(session, 0), config.data.seq_length, session.vocab_size)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
     trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
     _run_trainer(session, trainer, config.proxy.warmup_iters, folder, "shared", 0, "proxy")
@@ -61,8 +61,8 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     proxy = _start_proxy(session, arm, round_number)
     score_model = _start_score_model(session, arm, round_number, proxy)
     teacher = _teacher(session, arm, round_number) if config.bilevel.kl_weight > 0 else None
-    train = UnitDataset(shard_prefix(session, round_number), config.data.seq_length)
-    validation = open_labelled(guiding_prefix(session), config.data.seq_length)
+    train = UnitDataset(shard_prefix(session, round_number), config.data.seq_length, session.vocab_size)
+    validation = open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size)
     trainer = BilevelTrainer(
         config.bilevel,
         proxy,
@@ -99,7 +99,7 @@ def _validation_losses(session: Session, arm: str, round_number: int) -> list[fl
 def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> dict:
     """Give every unit of this round's shard a score, by the score model or by the arm's baseline."""
     prefix = shard_prefix(session, round_number)
-    source, parts = UnitDataset(prefix, session.config.data.seq_length), folder / "parts"
+    source, parts = UnitDataset(prefix, session.config.data.seq_length, session.vocab_size), folder / "parts"
     score = _score_by_model if arm == "bliss" else _score_by_baseline
     scores = score(session, parts, arm, round_number, source)
     with failing_together(session.groups):
@@ -154,7 +154,7 @@ def _score_by_baseline(session: Session, parts: Path, arm: str, round_number: in
 
     inputs = Inputs(
         source=source,
-        reference=open_labelled(guiding_prefix(session), config.data.seq_length),
+        reference=open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=derive_seed(config.seed, "score", arm, round_number),
         folder=parts,

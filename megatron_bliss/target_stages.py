@@ -171,7 +171,7 @@ def _test_losses(session: Session) -> Callable[[Target], dict[str, float]]:
 
 
 def _test_batches(session: Session, prefix: str) -> list[Batch]:
-    source = open_labelled(prefix, session.config.data.seq_length)
+    source = open_labelled(prefix, session.config.data.seq_length, session.vocab_size)
     limit, size = session.config.evaluation.max_samples or len(source), session.config.evaluation.micro_batch_size
     count = min(limit, len(source))
     return [source.batch(np.arange(start, min(start + size, count))) for start in range(0, count, size)]

@@ -63,42 +63,55 @@ def language_model_mask(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
     return (positions[None, :] < lengths[:, None]) & (positions[None, :] > 0)
 
 
-class UnitDataset:
-    """Units of a corpus as language-model samples, cut to ``seq_length`` tokens."""
+def _check_ids(tokens: np.ndarray, vocab_size: int | None, prefix: str) -> None:
+    """ValueError for ids that no embedding has: a GPU would stop at an assertion that names nothing."""
+    if vocab_size is not None and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"found token ids {tokens.min()} to {tokens.max()} in {prefix}, expected 0 to {vocab_size - 1}: the corpus "
+            "was made with another tokenizer than its manifest says, or its .bin is damaged"
+        )
 
-    def __init__(self, prefix: str, seq_length: int) -> None:
+
+class UnitDataset:
+    """Units of a corpus as language-model samples, cut to ``seq_length`` tokens; ids are checked by ``vocab_size``."""
+
+    def __init__(self, prefix: str, seq_length: int, vocab_size: int | None = None) -> None:
         self.corpus = IndexedCorpus(prefix)
-        self.seq_length = seq_length
+        self.seq_length, self.vocab_size = seq_length, vocab_size
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The units ``ids`` as a :class:`Batch`, as wide as the longest of them."""
-        tokens, lengths = (torch.from_numpy(array) for array in self.corpus.gather(ids, self.seq_length))
+        found, counts = self.corpus.gather(ids, self.seq_length)
+        _check_ids(found, self.vocab_size, self.corpus.prefix)
+        tokens, lengths = torch.from_numpy(found), torch.from_numpy(counts)
         return Batch(tokens, language_model_mask(lengths, tokens.shape[1]), lengths, torch.from_numpy(np.array(ids)))
 
 
 class ValidationSet:
     """Samples of a validation set, whose labels may be a few tokens only (LAMBADA: the last word)."""
 
-    def __init__(self, prefix: str, seq_length: int) -> None:
+    def __init__(self, prefix: str, seq_length: int, vocab_size: int | None = None) -> None:
         self.corpus = ValidationCorpus(prefix)
-        self.seq_length = seq_length
+        self.seq_length, self.vocab_size, self.prefix = seq_length, vocab_size, prefix
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The samples ``ids`` as a :class:`Batch`."""
-        tokens, mask, lengths = (torch.from_numpy(array) for array in self.corpus.gather(ids, self.seq_length))
+        found = self.corpus.gather(ids, self.seq_length)
+        _check_ids(found[0], self.vocab_size, self.prefix)
+        tokens, mask, lengths = (torch.from_numpy(array) for array in found)
         return Batch(tokens, mask, lengths, torch.from_numpy(np.array(ids)))
 
 
-def open_labelled(prefix: str, seq_length: int) -> BatchSource:
+def open_labelled(prefix: str, seq_length: int, vocab_size: int | None = None) -> BatchSource:
     """A set to measure on: with its label mask where it has one, else every token of a plain corpus is labelled."""
     kind = ValidationSet if os.path.isfile(f"{prefix}.labels.npy") else UnitDataset
-    return kind(prefix, seq_length)
+    return kind(prefix, seq_length, vocab_size)
 
 
 class SampleOrder:

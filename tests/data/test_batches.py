@@ -56,6 +56,14 @@ def test_units_are_cut_padded_and_masked(corpus: str) -> None:
     assert torch.equal(batch.label_mask, language_model_mask(batch.lengths, 8))
 
 
+def test_ids_beyond_the_vocabulary_are_named(corpus: str) -> None:
+    ids = np.array([1, 9])
+    largest = int(UnitDataset(corpus, 8).batch(ids).tokens.max())
+    assert len(UnitDataset(corpus, 8, largest + 1).batch(ids)) == 2
+    with pytest.raises(ValueError, match=f"to {largest} in .*, expected 0 to {largest - 1}: .*another tokenizer"):
+        UnitDataset(corpus, 8, largest).batch(ids)
+
+
 def test_impossible_sizes_are_refused(corpus: str) -> None:
     with pytest.raises(ValueError, match="at least one unit"):
         SampleOrder(0, seed=1)
