@@ -141,18 +141,27 @@ def _train(source: str, vocab_size: int, folder: str) -> str:
     return str(path)
 
 
+RUNNER = """
+import json, resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+"""A small process between this one and the command: Linux counts what a parent held when it forked as the child's."""
+
+
 def _run_ours(source: str, prefix: str, tokenizer: str, workers: int) -> tuple[float, int]:
     """CPU seconds of the command with all its processes, and the peak resident set of the largest of them."""
     for path in Path(prefix).parent.glob(f"{Path(prefix).name}.*"):
         path.unlink()
     options = ["--input", source, "--output-prefix", prefix, "--tokenizer-model", tokenizer, "--append-eod"]
     command = [sys.executable, str(COMMAND), *options, "--workers", str(workers), "--progress", "none"]
-    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
-    if process.returncode:
-        raise ValueError(f"tools/preprocess_data.py ended with status {process.returncode}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    runner = [sys.executable, "-I", "-S", "-c", RUNNER, *command]
+    reported = subprocess.run(runner, env=_environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
+    status, seconds, peak = json.loads(reported)
+    if status:
+        raise ValueError(f"tools/preprocess_data.py ended with status {status}")
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _run_stock(source: str, prefix: str, tokenizer: str) -> float:
