@@ -16,7 +16,7 @@ from lm_eval.evaluator import evaluate
 
 from megatron_bliss.evaluation.adapter import Adapter
 from megatron_bliss.evaluation.data_files import TaskData, read_task
-from megatron_bliss.evaluation.tasks import make_task, without_progress_bars
+from megatron_bliss.evaluation.tasks import make_task, templates_compiled_once, without_progress_bars
 from megatron_bliss.parallel import Groups, failing_together
 
 PINNED_LM_EVAL = "0.4.13"
@@ -51,7 +51,7 @@ def evaluate_tasks(
     with failing_together(groups) if groups is not None else contextlib.nullcontext():
         data = _read(tasks, data_dir, limit, allow_unknown_data)
     settings = _settings(model, show_progress, request_cache)
-    with settings, tempfile.TemporaryDirectory() as folder, without_progress_bars():
+    with settings, tempfile.TemporaryDirectory() as folder, without_progress_bars(), templates_compiled_once():
         made = {name: make_task(name, data[name], Path(folder), limit) for name in data}
         found = evaluate(model, made, bootstrap_iters=0, log_samples=True)
     results = {name: _result(found["samples"][name], found["results"][name], data[name]) for name in data}

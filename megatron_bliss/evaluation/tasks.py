@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import lm_eval.api.task as lm_eval_task
+import lm_eval.utils as lm_eval_utils
 import orjson
 import yaml
 from lm_eval.api.task import ConfigurableTask
@@ -79,3 +80,18 @@ def without_progress_bars() -> Iterator[None]:
         lm_eval_task.tqdm = bar
         if not shown:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Keep the templates that lm-eval compiles: it does so anew for every item, which takes as long as a small model's
+    answers.
+
+    lm-eval 0.4.13 has one jinja2 environment for all tasks, without a cache; goes when it has one.
+    """
+    environment = lm_eval_utils.env
+    environment.from_string = functools.lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the class has its own

@@ -25,7 +25,7 @@ from tests.targets import grouped, layout
 
 LAYOUTS = {2: [(2, 1, False), (2, 1, True), (1, 2, False), (1, 1, False)], 4: [(2, 2, False)]}
 """World size -> (tensor, pipeline, sequence parallel); the rest of the ranks is data parallel."""
-BATCH_TOKENS = 1000
+BATCH_TOKENS = 4000
 VOCAB, WIDTH, STATES = 11, 5, 600  # more hidden states than a chunk
 
 

@@ -8,6 +8,7 @@ import socket
 import warnings
 from pathlib import Path
 
+import jinja2
 import lm_eval
 import orjson
 import pytest
@@ -199,6 +200,21 @@ def test_everything_runs_without_network_and_leaves_no_trace(world: World, tmp_p
         found = evaluate_tasks(model, ["cloze", "piqa"], world.data_dir, limit=3, allow_unknown_data=True)
     assert found["tasks"]["piqa"]["num_items"] == 3 and found["average_tasks"] == ["piqa"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_templates_are_compiled_once_and_only_for_the_time_being(world: World, monkeypatch) -> None:
+    compiled, compile_template = [], jinja2.Environment.compile
+
+    def counting(self, source: str, *others, **options):
+        compiled.append(source)
+        return compile_template(self, source, *others, **options)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", counting)
+    with grouped(layout()) as groups:
+        model = worlds.target_model(world.models["neox_trained"], layout(), groups)
+        evaluate_tasks(model, ["piqa", "arc_easy"], world.data_dir, limit=20, allow_unknown_data=True)
+    assert 0 < len(compiled) == len(set(compiled)) < 20
+    assert "from_string" not in vars(lm_eval.utils.env)
 
 
 def test_another_version_of_lm_eval_is_warned_of(world: World, monkeypatch) -> None:
