@@ -10,9 +10,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from megatron_bliss.baselines import BASELINES
-from megatron_bliss.baselines.mates import FEWEST_PROBES
-from megatron_bliss.baselines_config import BaselinesConfig
+from megatron_bliss.baselines_config import BASELINE_NAMES, FEWEST_PROBES, BaselinesConfig
 from megatron_bliss.choosing import check_selection
 from megatron_bliss.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.data.manifest import check_same_tokenizer
@@ -125,7 +123,7 @@ def dump_yaml(config: Config) -> str:
 def _check_run(config: Config) -> None:
     if not config.run_folder:
         raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
-    known = ("bliss", *BASELINES)
+    known = ("bliss", *BASELINE_NAMES)
     unknown = [name for name in arm_names(config) if name not in known]
     if unknown or not arm_names(config):
         raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+BASELINE_NAMES = ("random", "dsir", "mates")
+"""Arms beside bliss: keys of ``baselines.BASELINES``, named here so that options are read without loading models."""
+FEWEST_PROBES = 20
+"""Of mates, so that two are held out; a rank correlation that says something takes hundreds."""
 HELD_OUT = 0.1
 """Share of the probes of mates that its data influence model does not see, as in the paper."""
 

@@ -222,7 +222,10 @@ def load_moments(path: str | Path, target: Target, groups: Groups) -> Moments:
     parts = pieces(target, groups)
     metadata = _open(path, target, parts, groups)
     if not any(name.startswith(OPTIMIZER_PREFIX) for name in metadata.state_dict_metadata):
-        raise ValueError(f"found weights only in checkpoint {path}, expected the optimizer's moments, too")
+        raise ValueError(
+            f"found weights only in checkpoint {path}, expected the optimizer's moments, too: give one that training "
+            "saved, or set baselines.mates.optimizer to sgd"
+        )
     pairs = {
         id(parameter): tuple(torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) for _ in MOMENTS)
         for chunk in target

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,8 @@ import pytest
 import yaml
 
 from megatron_bliss.arguments import check, check_layout, dump_yaml, parse_arguments, read_config
+from megatron_bliss.baselines import BASELINES
+from megatron_bliss.baselines_config import BASELINE_NAMES
 from megatron_bliss.config import Config, DataConfig, ModelConfig
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
@@ -141,3 +145,9 @@ def test_every_option_has_a_line_of_help(capsys) -> None:
         if dataclasses.is_dataclass(section.default_factory):
             for option in dataclasses.fields(section.default_factory):
                 assert f"--{section.name}.{option.name}" in text
+
+
+def test_options_are_read_without_loading_megatron_core() -> None:
+    code = "import sys, megatron_bliss.arguments; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert set(BASELINE_NAMES) == set(BASELINES)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_bliss import checkpoint
 from megatron_bliss.baselines.inputs import Inputs, Scores
 from megatron_bliss.baselines.probing import Probe, Step
-from megatron_bliss.baselines_config import HELD_OUT, BaselinesConfig, MatesConfig
+from megatron_bliss.baselines_config import FEWEST_PROBES, HELD_OUT, BaselinesConfig, MatesConfig
 from megatron_bliss.bilevel import vector
 from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.bilevel.optimizer import Optimizer
@@ -38,8 +38,6 @@ from megatron_bliss.models.target import Target
 from megatron_bliss.parallel import all_gather_object, broadcast_object, failing_together
 from megatron_bliss.scoring import gather_scores, save_array, score_units
 
-FEWEST_PROBES = 20
-"""So that two are held out; a rank correlation that says something takes hundreds."""
 PROBES_PER_FILE = 16
 """Small enough to lose little by a kill: a probe of a large target takes seconds."""
 NOISE = 0.1
