@@ -16,11 +16,12 @@ $(STAMP): setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or two the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev,eval,fast]'
+	@$(BIN)/python tools/check_setup.py dev eval fast
 	@touch $@
 
 # Corpus, tokenizer, preprocessing and the run itself; ARGS go to the script, such as ARGS=--short
 demo: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh $(ARGS)
+	@BLISS_PYTHON="$(CURDIR)/$(BIN)/python" bash examples/quickstart/run.sh $(ARGS)
 
 # One thread a process: distributed tests start several. GPUs are hidden, because these take gloo and several ranks.
 test: setup

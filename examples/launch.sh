@@ -11,7 +11,7 @@ fi
 example=$1
 shift
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
+. examples/find_python.sh
 count='import torch; print(torch.cuda.device_count() or 1)'
 processes=${GPUS_PER_NODE:-$("$python" -c "$count")}
 if [ "${NNODES:-1}" -gt 1 ]; then

@@ -22,7 +22,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from megatron_bliss.checkpoint import load_state
 
@@ -74,6 +79,13 @@ def plan_save(shards: list[ShardedTensor], folder: str | Path) -> tuple[Writer, 
     return writer, metadata
 
 
+def _memory_format(kind: object, name: object) -> _MEM_FORMAT_ENCODING:
+    """Stands for ``getattr``, which a pickle could use to reach anything: a member of this one enum or an error."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"{name!r} of {kind!r} has no place there")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes what a ``.metadata`` file may hold, and calls nothing else that a pickle could name."""
 
@@ -94,6 +106,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enum
+            return _memory_format
         if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place there")
         return super().find_class(module, name)

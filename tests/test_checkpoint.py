@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -221,6 +223,41 @@ def test_a_pickle_that_calls_something_is_not_obeyed(tmp_path, groups, monkeypat
     with pytest.raises(Exception, match="[Ww]eights.only"):
         load_target_weights_from(path, target, groups)
     assert not (tmp_path / "evil").exists()
+
+
+class _EarlyEnums(pickle._Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 do, Debian 12's among them."""
+
+    def reducer_override(self, value: object):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class AnyAttribute:
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def early(value: object) -> bytes:
+    out = io.BytesIO()
+    _EarlyEnums(out).dump(value)
+    return out.getvalue()
+
+
+def test_metadata_of_any_python_are_read_and_getattr_gives_nothing_else(tmp_path, groups):
+    path = save(tmp_path, 5, groups)
+    files = set(read_json(path / "manifest.json")["files"])
+    metadata = torch_dist.read_metadata(path, files)
+    (path / ".metadata").write_bytes(early(metadata))
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    assert torch_dist.read_metadata(path, files) == metadata
+    memory_format = torch_dist._MEM_FORMAT_ENCODING
+    for arguments in ((memory_format, "__class__"), (memory_format, "mro"), (type(metadata), "__init__"), (1, "real")):
+        (path / ".metadata").write_bytes(pickle.dumps(AnyAttribute(*arguments)))
+        with pytest.raises(ValueError, match=f"{arguments[1]!r} of .* has no place there"):
+            torch_dist.read_metadata(path, files)
 
 
 def die_in(place: str) -> None:

@@ -4,6 +4,7 @@ models/test_target_memory.py."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,30 @@ def test_a_wrong_option_ends_it_as_it_would_end_the_run(capsys) -> None:
     command = [sys.executable, str(ROOT / "tools/plan.py"), *options("pythia_1b_c4", "--rounds", "0")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2 and done.stderr == "plan.py: error: found rounds 0, expected at least 1\n"
+
+
+CUDA_BUILD_ON_A_LOGIN_NODE = """
+import sys
+import torch
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+import tools.plan
+try:
+    tools.plan.main(sys.argv[1:])
+except ValueError as error:
+    print(error, 'torch.utils.cpp_extension' in sys.modules)
+import megatron_bliss.plan, torch.utils.cpp_extension
+print(torch.utils.cpp_extension.CUDA_HOME)
+"""
+
+
+def test_a_toolkit_without_a_gpu_is_not_spoken_of(tmp_path: Path) -> None:
+    """Where ``nvcc`` is on the path but no GPU, torch's extension builder warns at its import."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", CUDA_BUILD_ON_A_LOGIN_NODE, *options("pythia_1b_c4", "--rounds", "0")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.stdout.splitlines() == ["found rounds 0, expected at least 1 False", str(tmp_path)], done.stderr
+    assert done.returncode == 0 and done.stderr == ""

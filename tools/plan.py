@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_bliss.arguments import parse_options
+from megatron_bliss.arguments import check_options, parse_options
 from megatron_bliss.files import write_json
 from megatron_bliss.throughput import PEAK_TFLOPS
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the plan; returns the exit status."""
     options, others = parse_arguments(arguments)
     config = parse_options(others)  # a wrong one ends the program, as it would end the run
+    check_options(config)
 
     from megatron_bliss.plan import Machine, make_plan  # after parsing: importing megatron-core takes seconds
     from megatron_bliss.plan_text import format_plan

@@ -13,7 +13,7 @@ fi
 name=$1 documents=$2 lambada=$(realpath "$3") tokenizer=$(realpath "$4")
 case $documents in /*) ;; *) documents=$PWD/$documents ;; esac
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-.venv/bin/python}
+. examples/find_python.sh
 data=data/c4-$name
 mkdir -p "$data"
 case $tokenizer in *.model) kind=sentencepiece ;; *) kind=huggingface ;; esac

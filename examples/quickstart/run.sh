@@ -4,7 +4,7 @@
 # --short: a few steps of everything, to see that it works (about a minute).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-.venv/bin/python}
+. examples/find_python.sh
 data=runs/quickstart-data
 options=()
 if [ "${1:-}" = --short ]; then

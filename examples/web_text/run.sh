@@ -13,7 +13,7 @@ documents=$1 validation=$(realpath "$2") folder=$(realpath -m "$3")
 shift 3
 case $documents in /*) ;; *) documents=$PWD/$documents ;; esac
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-.venv/bin/python}
+. examples/find_python.sh
 data=${DATA_FOLDER:-$folder-data}
 mkdir -p "$data"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c 'import os; print(max(1, len(os.sched_getaffinity(0)) // 2))')}

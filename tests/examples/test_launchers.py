@@ -73,7 +73,7 @@ def test_every_example_configuration_is_known() -> None:
         assert f"run_folder: runs/{name}" in (EXAMPLES / name / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("script", ["launch.sh", "c4/prepare.sh", "slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
+@pytest.mark.parametrize("script", ["find_python.sh", "launch.sh", "c4/prepare.sh", "quickstart/run.sh", "slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
 def test_scripts_are_valid_shell(script: str) -> None:
     done = subprocess.run(["bash", "-n", str(EXAMPLES / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_launch_passes_nodes_and_options_on(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "NNODES": "4", "NODE_RANK": "2"}
+    environment = {"PATH": "/usr/bin:/bin", "BLISS_PYTHON": str(python), "NNODES": "4", "NODE_RANK": "2"}
     environment |= {"MASTER_ADDR": "node0", "GPUS_PER_NODE": "8"}
     command = ["bash", str(EXAMPLES / "launch.sh"), "pythia_1b_c4", "--rounds", "2"]
     words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
