@@ -5,14 +5,15 @@ import os
 import sys
 import traceback
 
-from megatron_bliss.arguments import check_layout, parse_arguments
+from megatron_bliss.run.checks import check_layout, parse_arguments
 
 
 def main() -> int:
     """Parse the options, join the process groups, run the rounds, leave."""
     config = parse_arguments()
 
-    from megatron_bliss import parallel, rounds  # after parsing: importing megatron-core takes seconds
+    from megatron_bliss.base import parallel
+    from megatron_bliss.run import rounds  # after parsing: importing megatron-core takes seconds
 
     groups = parallel.initialize(config.platform, config.target, config.seed)
     sizes = {"world_size": groups.world_size, "data_parallel_size": groups.data_parallel_size}

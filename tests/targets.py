@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bliss import parallel
-from megatron_bliss.config import OptimizerConfig, PlatformConfig, PretrainingConfig, TargetConfig
+from megatron_bliss.base import parallel
+from megatron_bliss.base.metrics import MetricsLogger, read_metrics
+from megatron_bliss.base.parallel import Groups
+from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.data.batches import Batch
-from megatron_bliss.metrics import MetricsLogger, read_metrics
 from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.target import Target, build_target
-from megatron_bliss.parallel import Groups
-from megatron_bliss.pretraining import SegmentResult, train_segment
+from megatron_bliss.target.model import Target, build_target
+from megatron_bliss.target.segment import SegmentResult, train_segment
 
 VOCAB_SIZE = 100  # not a multiple of 128, and with a part of the padding on each of two ranks' halves
 SEQ_LENGTH = 16

@@ -22,14 +22,14 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.layers import get_global_memory_buffer
 from torch.utils._pytree import tree_map
 
+from megatron_bliss.base.parallel import Groups
 from megatron_bliss.bilevel import curvature
 from megatron_bliss.bilevel.precision import precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import ProxyWarmup, World
-from megatron_bliss.config import ProxyConfig, TargetConfig
+from megatron_bliss.config.config import ProxyConfig, TargetConfig
 from megatron_bliss.data.batches import BatchSchedule
-from megatron_bliss.data.sequences import MicroBatch
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.evaluation.generation import generate
 from megatron_bliss.evaluation.packing import Request
@@ -37,13 +37,13 @@ from megatron_bliss.evaluation.plain_models import PlainBackbone
 from megatron_bliss.evaluation.request_cache import RequestCache
 from megatron_bliss.evaluation.scoring import score
 from megatron_bliss.evaluation.target_model import TargetBackbone
-from megatron_bliss.models.target import Target, build_target
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.parallel import Groups
-from megatron_bliss.pretraining import evaluate_loss
-from megatron_bliss.scoring import gather_scores, score_units
-from megatron_bliss.target_checkpoint import load_target_and_optimizer, save_target
-from megatron_bliss.target_trainer import TargetTrainer
+from megatron_bliss.selection.scoring import gather_scores, score_units
+from megatron_bliss.target.checkpoint import load_target_and_optimizer, save_target
+from megatron_bliss.target.model import Target, build_target
+from megatron_bliss.target.segment import evaluate_loss
+from megatron_bliss.target.sequences import MicroBatch
+from megatron_bliss.target.trainer import TargetTrainer
 from tests.bilevel.problems import architecture, random_batch, random_teacher, random_weights, score_model
 from tests.bilevel.test_train import CONFIG, OPTIMIZER, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.claimed_cuda import PlacementError, claimed_cuda, to_cpu

@@ -14,8 +14,8 @@ from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import World
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.test_train import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.run.test_rounds import corpus, run  # noqa: F401 - a fixture
 from tests.targets import SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
-from tests.test_rounds import corpus, run  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this file's folder alone is on the path
 
-from megatron_bliss.files import atomic_file  # noqa: E402
+from megatron_bliss.base.files import atomic_file  # noqa: E402
 from tools.benchmarks import bilevel, data, evaluation, memory, pretrain, table  # noqa: E402
 
 COMMANDS = {

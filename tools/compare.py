@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.files import atomic_file, write_json
 from megatron_bliss.evaluation.results import find_results, markdown
-from megatron_bliss.files import atomic_file, write_json
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

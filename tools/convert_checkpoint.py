@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bliss import checkpoint, parallel
-from megatron_bliss.config import PlatformConfig, TargetConfig
-from megatron_bliss.files import publish, sync_folder, write_json
+from megatron_bliss.base import checkpoint, parallel
+from megatron_bliss.base.files import publish, sync_folder, write_json
+from megatron_bliss.config.config import PlatformConfig, TargetConfig
 from megatron_bliss.models.convert import (
     Layout,
     converted,
@@ -49,10 +49,10 @@ from megatron_bliss.models.huggingface import (
     write_weights,
 )
 from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.target import Target, build_target
-from megatron_bliss.models.target_weights import full_weights, load_full_weights
-from megatron_bliss.pretrained import checkpoint_architecture, find_checkpoint
-from megatron_bliss.target_checkpoint import load_target_weights_from, save_target
+from megatron_bliss.target.checkpoint import load_target_weights_from, save_target
+from megatron_bliss.target.model import Target, build_target
+from megatron_bliss.target.pretrained import checkpoint_architecture, find_checkpoint
+from megatron_bliss.target.weights import full_weights, load_full_weights
 
 Tensors = Iterable[tuple[str, Tensor]]
 BASE_MODELS = {"gpt_neox": ("GPTNeoXModel", "gpt_neox."), "llama": ("LlamaModel", "model.")}

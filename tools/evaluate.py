@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_bliss.config import EvaluationConfig, PlatformConfig
+from megatron_bliss.config.config import EvaluationConfig, PlatformConfig
 from megatron_bliss.evaluation.checks import check_files, check_installed
 
 
@@ -44,7 +44,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Load, evaluate, write, print; ValueError for what the user can mend."""
     check_installed()
 
-    from megatron_bliss import parallel  # megatron-core and lm-eval take seconds to import
+    from megatron_bliss.base import parallel  # megatron-core and lm-eval take seconds to import
     from megatron_bliss.evaluation.checkpoints import Checkpoint, find_run, load_model
     from megatron_bliss.evaluation.results import markdown, write_results
     from megatron_bliss.evaluation.stage import evaluate_model

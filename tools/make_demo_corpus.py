@@ -16,10 +16,10 @@ import random
 import sys
 from collections.abc import Iterable
 
+from megatron_bliss.base.files import atomic_file
 from megatron_bliss.data import cloze
 from megatron_bliss.data.demo import domains
 from megatron_bliss.data.demo.installation import InstallationText, read_installation
-from megatron_bliss.files import atomic_file
 
 TIMESTAMP = "2024-01-01T00:00:00Z"
 PROSE_SHARES = {"pool": 0.55, "shuffled": 0.24, "mojibake": 0.09, "validation": 0.03, "heldout": 0.03, "cloze": 0.06}

@@ -12,9 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_bliss.arguments import check_options, parse_options
-from megatron_bliss.files import write_json
-from megatron_bliss.throughput import PEAK_TFLOPS
+from megatron_bliss.base.files import write_json
+from megatron_bliss.config.parse import parse_options
+from megatron_bliss.run.checks import check_options
+from megatron_bliss.target.throughput import PEAK_TFLOPS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_options(others)  # a wrong one ends the program, as it would end the run
     check_options(config)
 
-    from megatron_bliss.plan import Machine, make_plan  # after parsing: importing megatron-core takes seconds
-    from megatron_bliss.plan_text import format_plan
+    from megatron_bliss.plan.plan import Machine, make_plan  # after parsing: importing megatron-core takes seconds
+    from megatron_bliss.plan.text import format_plan
 
     machine = Machine(
         world_size=options.world_size,

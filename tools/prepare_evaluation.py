@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from megatron_bliss.data.text_tasks import KINDS, TextTaskSettings, make_text_tasks
-from megatron_bliss.evaluation.checksums import write_checksums
+from megatron_bliss.evaluation.data_files import write_checksums
 from megatron_bliss.evaluation.huggingface_cache import SOURCES, default_cache, export_tasks
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.shards import merge_shards
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.ingest.shards import merge_shards
 from megatron_bliss.data.tokenizers import KINDS
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from megatron_bliss.report import write_report
+from megatron_bliss.report.page import write_report
 
 
 def main() -> int:

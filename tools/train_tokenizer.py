@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron_bliss.data.sources import SUFFIXES, expand_inputs, read_documents
-from megatron_bliss.files import atomic_file
+from megatron_bliss.base.files import atomic_file
+from megatron_bliss.data.ingest.sources import SUFFIXES, expand_inputs, read_documents
 
 EOD_TOKEN = "<|endoftext|>"
 NUM_BYTES = 256

@@ -31,18 +31,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when run as a script
 
-from megatron_bliss import parallel  # noqa: E402
-from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig  # noqa: E402
+from megatron_bliss.base import parallel  # noqa: E402
+from megatron_bliss.base.files import atomic_file, read_json, write_json  # noqa: E402
+from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig  # noqa: E402
 from megatron_bliss.data.tokenizers import load_tokenizer  # noqa: E402
 from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks  # noqa: E402
 from megatron_bliss.evaluation.data_files import read_task  # noqa: E402
 from megatron_bliss.evaluation.tasks import make_task  # noqa: E402
-from megatron_bliss.files import atomic_file, read_json, write_json  # noqa: E402
 from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout, reader, target_layout  # noqa: E402
 from megatron_bliss.models.huggingface import config_json, open_huggingface, write_weights  # noqa: E402
-from megatron_bliss.models.target import build_target  # noqa: E402
-from megatron_bliss.models.target_weights import load_full_weights  # noqa: E402
 from megatron_bliss.models.transformer import LanguageModel, build_lm  # noqa: E402
+from megatron_bliss.target.model import build_target  # noqa: E402
+from megatron_bliss.target.weights import load_full_weights  # noqa: E402
 from tools.benchmarks.measure import machine  # noqa: E402
 
 LAYOUTS = {"TP 1": (1, 1, 1), "TP 2": (2, 1, 2), "PP 2": (1, 2, 2), "TP 2 x PP 2": (2, 2, 4), "DP 2": (1, 1, 2)}

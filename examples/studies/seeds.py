@@ -6,8 +6,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from megatron_bliss.files import read_json
-from megatron_bliss.summary import CONTROL, speedup
+from megatron_bliss.base.files import read_json
+from megatron_bliss.report.summary import CONTROL, speedup
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -23,13 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when run as a script
 
+from megatron_bliss.base.files import atomic_file  # noqa: E402
 from megatron_bliss.bilevel.hypergradient import score_batch  # noqa: E402
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World  # noqa: E402
-from megatron_bliss.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig  # noqa: E402
+from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig  # noqa: E402
 from megatron_bliss.data.batches import BatchSchedule, UnitDataset, ValidationSet  # noqa: E402
 from megatron_bliss.data.manifest import read_manifest  # noqa: E402
-from megatron_bliss.data.subset import read_provenance  # noqa: E402
-from megatron_bliss.files import atomic_file  # noqa: E402
+from megatron_bliss.data.provenance import read_provenance  # noqa: E402
 from megatron_bliss.models.score import ScoreModel, build_score_model  # noqa: E402
 from megatron_bliss.models.transformer import LanguageModel, build_lm  # noqa: E402
 from tools.benchmarks.measure import machine  # noqa: E402

@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bliss.base.parallel import Groups, all_gather
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.models.target import Target, last_stage_hidden_states, output_weight
-from megatron_bliss.parallel import Groups, all_gather
+from megatron_bliss.target.model import Target, last_stage_hidden_states, output_weight
 
 
 class TargetTeacher:

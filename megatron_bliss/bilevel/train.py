@@ -26,12 +26,12 @@ from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
 from megatron_bliss.bilevel.memory import plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
-from megatron_bliss.bilevel.optimizer import Optimizer
 from megatron_bliss.bilevel.precision import DTYPES, SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
-from megatron_bliss.config import BilevelConfig, ProxyConfig
+from megatron_bliss.config.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
+from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel

@@ -1,0 +1,1 @@
+"""Corpora, subsets and validation sets, as Megatron reads them."""

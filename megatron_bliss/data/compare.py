@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.subset import FieldWithoutValues, provenance_codes, root_prefix, units_within
-from megatron_bliss.selection import domain_shares
+from megatron_bliss.data.provenance import FieldWithoutValues, provenance_codes
+from megatron_bliss.data.subset import root_prefix, units_within
 
 
 def compare_units(first: str | os.PathLike, second: str | os.PathLike, field: str = "domain") -> dict:
@@ -44,6 +45,16 @@ def shares_of(prefix: str | os.PathLike, field: str = "domain") -> dict[str, flo
         return domain_shares(*provenance_codes(prefix, field))
     except FieldWithoutValues:
         return {}
+
+
+def domain_shares(codes: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Share of units per domain, the largest first; domains without a unit are left out.
+
+    codes: int[n], indices into ``names`` (:func:`megatron_bliss.data.provenance.provenance_codes`).
+    """
+    shares = np.bincount(codes, minlength=len(names)) / max(1, len(codes))
+    found = {name: float(share) for name, share in zip(names, shares, strict=True) if share}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _shares(first: str | os.PathLike, second: str | os.PathLike, field: str) -> dict[str, tuple[float, float]]:

@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_bliss.files import DigestWriter, publish
+from megatron_bliss.base.files import DigestWriter, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

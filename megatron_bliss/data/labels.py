@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from megatron_bliss.data.sources import BadLine, parse_line
+from megatron_bliss.data.ingest.sources import BadLine, parse_line
 from megatron_bliss.data.tokenizers import Tokenizer
 
 LabelledUnit = tuple[list[int], int]

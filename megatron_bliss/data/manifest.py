@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 
+from megatron_bliss.base.files import crc32_file, read_json, sha256_file, sha256_text, write_json
 from megatron_bliss.data.indexed import IndexedCorpus, blocks
-from megatron_bliss.files import crc32_file, read_json, sha256_file, sha256_text, write_json
 
 FORMAT_VERSION = 1
 KINDS = ("corpus", "subset", "validation")

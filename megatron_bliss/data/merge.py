@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_bliss.base.files import DigestWriter, atomic_file, sync_folder
 from megatron_bliss.data.copying import UnitCopier
 from megatron_bliss.data.indexed import (
     IndexedCorpus,
@@ -24,6 +25,7 @@ from megatron_bliss.data.indexed import (
     in_blocks,
     write_index_blocks,
 )
+from megatron_bliss.data.ingest.provenance import ROW_GROUP, SCHEMA
 from megatron_bliss.data.manifest import (
     check_same_tokenizer,
     content_digest,
@@ -32,9 +34,8 @@ from megatron_bliss.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_bliss.data.provenance import ROW_GROUP, SCHEMA
-from megatron_bliss.data.subset import read_provenance, reference, root_digest, root_prefix, root_units, write_subset
-from megatron_bliss.files import DigestWriter, atomic_file, sync_folder
+from megatron_bliss.data.provenance import read_provenance
+from megatron_bliss.data.subset import reference, root_digest, root_prefix, root_units, write_subset
 
 PROVENANCE_BLOCK = 1 << 20
 

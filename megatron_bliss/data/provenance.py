@@ -1,117 +1,95 @@
-"""``X.provenance.parquet``: where each unit comes from, one row per unit."""
+"""Reading ``X.provenance.parquet``: where each unit of a corpus or of one of its subsets comes from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FIELDS = ("url", "domain", "format", "label")
-SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), *((name, pa.string()) for name in FIELDS)])
-ROW_SCHEMA = pa.schema(list(SCHEMA)[1:])
-ROW_GROUP = 1 << 17
+from megatron_bliss.data.subset import root_prefix, root_units
 
 
-def field_values(record: dict) -> tuple[str | None, ...]:
-    """url, domain, format and label of a record, from the top level or its ``meta``/``metadata``; None where absent."""
-    nested = [part for part in (record.get("meta"), record.get("metadata")) if type(part) is dict]
-    if not nested:  # the usual case, on the path of every document
-        values = (record.get("url"), record.get("domain"), record.get("format"), record.get("label"))
-    else:
-        values = (next((part[name] for part in (record, *nested) if name in part), None) for name in FIELDS)
-    return tuple(value if value is None or type(value) is str else orjson.dumps(value).decode() for value in values)
+class FieldWithoutValues(ValueError):
+    """No unit has a value in this column of the provenance."""
 
 
-def document_rows(lines: Sequence[int], values: Sequence[tuple[str | None, ...]]) -> pa.RecordBatch:
-    """Rows for documents of one file, without its name: line numbers and :func:`field_values`."""
-    columns = list(zip(*values, strict=True)) or [()] * len(FIELDS)
-    arrays = [pa.array(lines, pa.int64()), *(pa.array(column, pa.string()) for column in columns)]
-    return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+def open_provenance(path: str, **options: object) -> pq.ParquetFile:
+    """A provenance file; ValueError that names it when it is damaged."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a usable provenance file ({error}); remove it, or make the corpus again"
+        ) from error
 
 
-def with_file(rows: pa.Table, file: str, lines_before: int) -> pa.Table:
-    """Rows of a part of ``file`` with its name, and lines counted from the file's first one."""
-    lines = pa.array(rows.column("line").to_numpy() + lines_before, pa.int64())
-    names = pa.DictionaryArray.from_arrays(np.zeros(len(rows), np.int32), pa.array([file])).cast(pa.string())
-    return pa.Table.from_arrays([names, lines, *(rows.column(name) for name in FIELDS)], schema=SCHEMA)
+def read_provenance(
+    prefix: str | os.PathLike, ids: np.ndarray | None = None, columns: list[str] | None = None
+) -> pa.Table:
+    """Where units come from: one row per unit, in the order of ``ids`` (None: all units of ``prefix``).
 
-
-class ProvenanceWriter:
-    """Streams rows into a parquet file; whoever asked for it gives it its final name. Constant memory."""
-
-    def __init__(self, path: str) -> None:
-        self._stream = open(path, "wb")  # noqa: SIM115 - lives as long as the writer
-        self._writer = pq.ParquetWriter(self._stream, SCHEMA, compression="zstd")
-        self._pending: list[pa.Table] = []
-        self._rows = 0
-
-    def add(self, table: pa.Table) -> None:
-        """Append one row per unit."""
-        while self._rows + len(table) >= ROW_GROUP:  # row groups do not depend on how the rows come in
-            taken = ROW_GROUP - self._rows
-            self._pending.append(table.slice(0, taken))
-            table = table.slice(taken)
-            self._flush()
-        if len(table):
-            self._pending.append(table)
-            self._rows += len(table)
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.concat_tables(self._pending).combine_chunks())
-        self._pending, self._rows = [], 0
-
-    def finish(self) -> None:
-        """Complete the file and flush it to disk."""
-        self._flush()
-        self._writer.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-
-
-class WindowCutter:
-    """Joins documents into one stream, cuts it into windows of ``length`` tokens, keeps each one's first document.
-
-    Only lengths and rows pass through here: the stream itself is the documents' tokens one after another.
+    Columns: file, line, and what the source had of url, domain, format, label. Memory: what is asked for, plus one row
+    group. Raises ValueError when the root corpus has no provenance file.
     """
+    root = root_prefix(prefix)
+    path = f"{root}.provenance.parquet"
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path} does not exist; only corpora made by tools/preprocess_data.py know where text came from"
+        )
+    units = root_units(prefix)
+    units = np.asarray(units if ids is None else units[np.asarray(ids, dtype=np.int64)])
+    order = np.argsort(units, kind="stable")
+    wanted, start, parts = units[order], 0, []
+    with open_provenance(path) as file:
+        schema = (
+            file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns])
+        )
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            first, last = np.searchsorted(wanted, [start, stop])
+            if first < last:
+                parts.append(file.read_row_group(group, columns=columns).take(wanted[first:last] - start))
+            start = stop
+    table = pa.concat_tables([*parts, schema.empty_table()])
+    if len(table) != len(units):
+        raise ValueError(f"{path} has {start} rows, but unit {wanted[-1]} was asked for: it is of another corpus")
+    return table.take(np.argsort(order, kind="stable"))
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.tokens = 0  # of documents that are not in a window yet
-        self._starts = np.zeros(0, dtype=np.int64)  # where each document of _rows begins, among those tokens
-        self._rows: pa.Table | None = None
 
-    def add(self, lengths: np.ndarray, rows: pa.Table | None) -> tuple[np.ndarray, pa.Table | None]:
-        """Append documents: int64 lengths, and provenance rows if they are kept; returns those of full windows."""
-        begins = np.cumsum(lengths) - lengths + self.tokens
-        self.tokens += int(lengths.sum())
-        if rows is not None:
-            self._starts = np.concatenate([self._starts, begins])
-            self._rows = rows if self._rows is None else pa.concat_tables([self._rows, rows])
-        return self._cut(self.tokens // self.length)
+def require_field(prefix: str | os.PathLike, field: str) -> str:
+    """The provenance file of a corpus's root; ValueError when there is none or it has no such column."""
+    path = f"{root_prefix(prefix)}.provenance.parquet"
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path} does not exist, so no unit's {field} is known: make the corpus with tools/preprocess_data.py"
+        )
+    with open_provenance(path) as file:
+        if field not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
+    return path
 
-    def finish(self) -> tuple[np.ndarray, pa.Table | None]:
-        """The last, short window, if it has at least two tokens (one to see and one to predict).
 
-        ``tokens`` then says how many at the end are in no window: none or one.
-        """
-        return self._cut(1) if self.tokens >= 2 else self._cut(0)
+def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray, list[str]]:
+    """A provenance column as numbers: (codes int32[units], names), "unknown" for units without a value.
 
-    def _cut(self, windows: int) -> tuple[np.ndarray, pa.Table | None]:
-        firsts = np.arange(windows, dtype=np.int64) * self.length
-        ends = np.minimum(firsts + self.length, self.tokens)
-        used = int(ends[-1]) if windows else 0
-        self.tokens -= used
-        if self._rows is None:
-            return ends - firsts, None
-        owners = np.searchsorted(self._starts, firsts, side="right") - 1
-        cut = ends - firsts, self._rows.take(owners)
-        kept = max(int(np.searchsorted(self._starts, used, side="right")) - 1, 0)
-        self._starts = self._starts[kept:] - used
-        self._rows = self._rows.slice(kept).combine_chunks()
-        return cut
+    Memory: 4 bytes per unit of the root corpus. Raises ValueError when no unit has a value.
+    """
+    path = require_field(prefix, field)
+    numbers: dict[str | None, int] = {}
+    parts = [np.zeros(0, np.int32)]
+    with open_provenance(path, read_dictionary=[field]) as file:
+        for group in range(file.num_row_groups):
+            for chunk in file.read_row_group(group, columns=[field]).column(0).chunks:
+                known = [numbers.setdefault(value, len(numbers)) for value in chunk.dictionary.to_pylist()]
+                if chunk.null_count:
+                    known.append(numbers.setdefault(None, len(numbers)))
+                local = chunk.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
+                parts.append(np.array(known, dtype=np.int32)[local])
+    if not set(numbers) - {None}:
+        raise FieldWithoutValues(f"no unit of {prefix} has a {field}: the source text has no such field")
+    codes, units = np.concatenate(parts), root_units(prefix)
+    names = ["unknown" if name is None else name for name in numbers]
+    return (codes if len(units) == len(codes) else codes[units]), names

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import read_manifest
-from megatron_bliss.data.subset import read_provenance
+from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.tokenizers import load_recorded_tokenizer
 
 MAX_TOKENS = 256

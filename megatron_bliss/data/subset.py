@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from megatron_bliss.base.files import DigestWriter, atomic_file, sha256_text, sync_folder
 from megatron_bliss.data.copying import UnitCopier
 from megatron_bliss.data.indexed import (
     IndexedCorpus,
@@ -29,11 +28,6 @@ from megatron_bliss.data.indexed import (
     write_index_blocks,
 )
 from megatron_bliss.data.manifest import content_digest, corpus_digest, manifest_path, read_manifest, write_manifest
-from megatron_bliss.files import DigestWriter, atomic_file, sha256_text, sync_folder
-
-
-class FieldWithoutValues(ValueError):
-    """No unit has a value in this column of the provenance."""
 
 
 def write_subset(
@@ -158,86 +152,6 @@ def units_within(other: str | os.PathLike, prefix: str | os.PathLike) -> np.ndar
     places = np.searchsorted(ours, theirs)
     places = np.minimum(places, len(ours) - 1)
     return places[ours[places] == theirs]
-
-
-def open_provenance(path: str, **options: object) -> pq.ParquetFile:
-    """A provenance file; ValueError that names it when it is damaged."""
-    try:
-        return pq.ParquetFile(path, **options)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is not a usable provenance file ({error}); remove it, or make the corpus again"
-        ) from error
-
-
-def read_provenance(
-    prefix: str | os.PathLike, ids: np.ndarray | None = None, columns: list[str] | None = None
-) -> pa.Table:
-    """Where units come from: one row per unit, in the order of ``ids`` (None: all units of ``prefix``).
-
-    Columns: file, line, and what the source had of url, domain, format, label. Memory: what is asked for, plus one row
-    group. Raises ValueError when the root corpus has no provenance file.
-    """
-    root = root_prefix(prefix)
-    path = f"{root}.provenance.parquet"
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{path} does not exist; only corpora made by tools/preprocess_data.py know where text came from"
-        )
-    units = root_units(prefix)
-    units = np.asarray(units if ids is None else units[np.asarray(ids, dtype=np.int64)])
-    order = np.argsort(units, kind="stable")
-    wanted, start, parts = units[order], 0, []
-    with open_provenance(path) as file:
-        schema = (
-            file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns])
-        )
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            first, last = np.searchsorted(wanted, [start, stop])
-            if first < last:
-                parts.append(file.read_row_group(group, columns=columns).take(wanted[first:last] - start))
-            start = stop
-    table = pa.concat_tables([*parts, schema.empty_table()])
-    if len(table) != len(units):
-        raise ValueError(f"{path} has {start} rows, but unit {wanted[-1]} was asked for: it is of another corpus")
-    return table.take(np.argsort(order, kind="stable"))
-
-
-def require_field(prefix: str | os.PathLike, field: str) -> str:
-    """The provenance file of a corpus's root; ValueError when there is none or it has no such column."""
-    path = f"{root_prefix(prefix)}.provenance.parquet"
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{path} does not exist, so no unit's {field} is known: make the corpus with tools/preprocess_data.py"
-        )
-    with open_provenance(path) as file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column {field!r}, expected one of {', '.join(file.schema_arrow.names)}")
-    return path
-
-
-def provenance_codes(prefix: str | os.PathLike, field: str) -> tuple[np.ndarray, list[str]]:
-    """A provenance column as numbers: (codes int32[units], names), "unknown" for units without a value.
-
-    Memory: 4 bytes per unit of the root corpus. Raises ValueError when no unit has a value.
-    """
-    path = require_field(prefix, field)
-    numbers: dict[str | None, int] = {}
-    parts = [np.zeros(0, np.int32)]
-    with open_provenance(path, read_dictionary=[field]) as file:
-        for group in range(file.num_row_groups):
-            for chunk in file.read_row_group(group, columns=[field]).column(0).chunks:
-                known = [numbers.setdefault(value, len(numbers)) for value in chunk.dictionary.to_pylist()]
-                if chunk.null_count:
-                    known.append(numbers.setdefault(None, len(numbers)))
-                local = chunk.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
-                parts.append(np.array(known, dtype=np.int32)[local])
-    if not set(numbers) - {None}:
-        raise FieldWithoutValues(f"no unit of {prefix} has a {field}: the source text has no such field")
-    codes, units = np.concatenate(parts), root_units(prefix)
-    names = ["unknown" if name is None else name for name in numbers]
-    return (codes if len(units) == len(codes) else codes[units]), names
 
 
 def _increasing_ids(ids: np.ndarray, count: int, prefix: str) -> np.ndarray:

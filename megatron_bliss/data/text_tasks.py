@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import orjson
 
+from megatron_bliss.base.files import atomic_file, sha256_file, write_json
 from megatron_bliss.data.cloze import bare, is_answer, passages
-from megatron_bliss.data.sources import BadLine, SourceState, expand_inputs, parse_line, read_blocks
-from megatron_bliss.files import atomic_file, sha256_file, write_json
+from megatron_bliss.data.ingest.sources import BadLine, SourceState, expand_inputs, parse_line, read_blocks
 
 KINDS = {"last_word": "last_word", "cloze": "choice", "choice": "choice"}
 """Kind of task -> the middle of its file's name, by which an evaluation knows how to read it."""

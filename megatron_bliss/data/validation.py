@@ -14,10 +14,9 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_bliss.base.files import atomic_file
 from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
-from megatron_bliss.data.labels import label_line
-from megatron_bliss.data.manifest import finished_manifest, read_manifest, write_manifest
-from megatron_bliss.data.sources import (
+from megatron_bliss.data.ingest.sources import (
     BadLine,
     LineBlock,
     SourceState,
@@ -27,8 +26,9 @@ from megatron_bliss.data.sources import (
     reject,
     write_rejects,
 )
+from megatron_bliss.data.labels import label_line
+from megatron_bliss.data.manifest import finished_manifest, read_manifest, write_manifest
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_bliss.files import atomic_file
 
 LABELS = ("last-word", "answer", "all")
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus, blocks
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
-from megatron_bliss.data.subset import open_provenance, root_prefix, root_units
+from megatron_bliss.data.provenance import open_provenance
+from megatron_bliss.data.subset import root_prefix, root_units
 from megatron_bliss.data.validation import ValidationCorpus
 
 TOKEN_BLOCK = 1 << 21

@@ -13,7 +13,7 @@ _HOMES = {
     "TASK_NAMES": "data_files",
     "find_tasks": "data_files",
     "read_task": "data_files",
-    "write_checksums": "checksums",
+    "write_checksums": "data_files",
 }
 __all__ = list(_HOMES)
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bliss.base.parallel import Groups
 from megatron_bliss.evaluation.packing import Batch
 from megatron_bliss.evaluation.vocabulary import VocabularyPart
-from megatron_bliss.parallel import Groups
 
 
 @dataclass(frozen=True)

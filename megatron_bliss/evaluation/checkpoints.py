@@ -8,18 +8,18 @@ from pathlib import Path
 
 from lm_eval.api.model import LM
 
-from megatron_bliss import checkpoint
-from megatron_bliss.arguments import read_config
-from megatron_bliss.config import Config, TargetConfig
+from megatron_bliss.base import checkpoint
+from megatron_bliss.base.files import read_json
+from megatron_bliss.base.parallel import Groups
+from megatron_bliss.config.config import Config, TargetConfig
+from megatron_bliss.config.parse import read_config
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
-from megatron_bliss.files import read_json
 from megatron_bliss.models.presets import Architecture, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
-from megatron_bliss.parallel import Groups
-from megatron_bliss.pretraining import load_target
+from megatron_bliss.target.segment import load_target
 
 
 @dataclass(frozen=True)

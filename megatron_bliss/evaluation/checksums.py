@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 
+from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.evaluation.rows import Row, digested
-from megatron_bliss.files import read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 """In the data folder: {"format": 1, "files": {name: {"rows", "sha256"}}}, written by whoever made the files there."""
@@ -44,20 +44,11 @@ def digest(rows: Iterable[Row]) -> str:
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
-def write_checksums(data_dir: Path | str, tasks: Sequence[str]) -> Path:
-    """Record what the data files of these tasks hold now, keeping what is recorded of others; returns the file.
-
-    An evaluation refuses a recorded file whose content is another one.
-    """
-    from megatron_bliss.evaluation.data_files import read_rows
-
+def record(data_dir: Path | str, files: Mapping[str, Expected]) -> Path:
+    """Record what these files of the folder hold, keeping what is recorded of others; returns ``checksums.json``."""
     path = Path(data_dir) / CHECKSUMS_FILE
-    files = recorded(data_dir)
-    for task in tasks:
-        file, rows = read_rows(task, data_dir)
-        files[file.name] = Expected(len(rows), digest(rows))
-    entries = {name: files[name]._asdict() for name in sorted(files)}
-    write_json(path, {"format": 1, "files": entries})
+    known = {**recorded(data_dir), **files}
+    write_json(path, {"format": 1, "files": {name: known[name]._asdict() for name in sorted(known)}})
     return path
 
 

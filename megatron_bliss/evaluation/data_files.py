@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 
-from megatron_bliss.evaluation.checksums import KNOWN, Expected, check, digest
+from megatron_bliss.evaluation.checksums import KNOWN, Expected, check, digest, record
 from megatron_bliss.evaluation.rows import READERS, USER_READERS, Row
 
 STEMS = {
@@ -54,6 +55,15 @@ def read_task(name: str, data_dir: Path | str, *, allow_unknown: bool = False) -
     found = Expected(len(rows), digest(rows))
     known = check(name, file, found, data_dir, allow_unknown=allow_unknown)
     return TaskData(_kind(name, file), file, rows, found.sha256, known)
+
+
+def write_checksums(data_dir: Path | str, tasks: Sequence[str]) -> Path:
+    """Record what the data files of these tasks hold now, keeping what is recorded of others; returns the file.
+
+    An evaluation refuses a recorded file whose content is another one.
+    """
+    found = [read_rows(task, data_dir) for task in tasks]
+    return record(data_dir, {file.name: Expected(len(rows), digest(rows)) for file, rows in found})
 
 
 def read_rows(name: str, data_dir: Path | str) -> tuple[Path, list[Row]]:

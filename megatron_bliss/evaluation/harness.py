@@ -14,10 +14,10 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
+from megatron_bliss.base.parallel import Groups, failing_together
 from megatron_bliss.evaluation.adapter import Adapter
 from megatron_bliss.evaluation.data_files import TaskData, read_task
 from megatron_bliss.evaluation.tasks import make_task, templates_compiled_once, without_progress_bars
-from megatron_bliss.parallel import Groups, failing_together
 
 PINNED_LM_EVAL = "0.4.13"
 """The version whose tasks the definitions here repeat and whose parts the adapter uses."""

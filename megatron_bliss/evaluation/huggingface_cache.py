@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from megatron_bliss.data.text_tasks import write_items
-from megatron_bliss.evaluation.checksums import KNOWN, digest, write_checksums
-from megatron_bliss.evaluation.data_files import STEMS, read_rows
+from megatron_bliss.evaluation.checksums import KNOWN, digest
+from megatron_bliss.evaluation.data_files import STEMS, read_rows, write_checksums
 
 
 class Source(NamedTuple):

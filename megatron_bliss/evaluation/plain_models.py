@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_bliss.base.parallel import Groups
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.evaluation.adapter import Adapter
 from megatron_bliss.evaluation.backbone import Backbone, Replicas, weights_digest
 from megatron_bliss.evaluation.packing import Batch
 from megatron_bliss.evaluation.vocabulary import VocabularyPart
 from megatron_bliss.models.transformer import LanguageModel
-from megatron_bliss.parallel import Groups
 
 EXPORTED = ("gpt_neox", "llama")
 """Model types whose logits are their last hidden states times an output matrix, and nothing more."""

@@ -17,9 +17,9 @@ import numpy as np
 import orjson
 import torch
 
+from megatron_bliss.base.files import atomic_file
 from megatron_bliss.evaluation.backbone import Backbone
 from megatron_bliss.evaluation.packing import Request
-from megatron_bliss.files import atomic_file
 
 SECONDS_BETWEEN_FILES = 30.0
 

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bliss.base.files import atomic_file, read_json, write_json
 from megatron_bliss.evaluation.checksums import KNOWN
-from megatron_bliss.files import atomic_file, read_json, write_json
 
 FORMAT = 1
 AVERAGE = "average"

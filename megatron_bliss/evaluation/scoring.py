@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_bliss.base.metrics import progress
 from megatron_bliss.evaluation.backbone import Backbone
 from megatron_bliss.evaluation.packing import Batch, Request, Row, make_batches, pack, waves
 from megatron_bliss.evaluation.request_cache import RequestCache
 from megatron_bliss.evaluation.vocabulary import predict
-from megatron_bliss.metrics import progress
 
 Answer = tuple[float, bool]
 """(sum of the targets' log-likelihoods, whether each target is the most likely token)."""

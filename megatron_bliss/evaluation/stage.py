@@ -8,13 +8,13 @@ from statistics import mean
 
 from lm_eval.api.model import LM
 
-from megatron_bliss.config import EvaluationConfig
+from megatron_bliss.base.parallel import Groups, failing_together
+from megatron_bliss.config.config import EvaluationConfig
 from megatron_bliss.evaluation import TargetModel, evaluate_tasks
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
 from megatron_bliss.evaluation.data_files import read_task
 from megatron_bliss.evaluation.results import AVERAGE, write_results
-from megatron_bliss.models.target import Target
-from megatron_bliss.parallel import Groups, failing_together
+from megatron_bliss.target.model import Target
 
 
 def evaluate_checkpoint(

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_bliss.base.parallel import Groups, all_gather_object
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation.adapter import Adapter
 from megatron_bliss.evaluation.backbone import Backbone, Replicas, weights_digest
 from megatron_bliss.evaluation.packing import Batch
 from megatron_bliss.evaluation.vocabulary import VocabularyPart
-from megatron_bliss.models.target import Target, forward_only
-from megatron_bliss.models.target_layers import FusedCausalAttention
-from megatron_bliss.parallel import Groups, all_gather_object
+from megatron_bliss.target.layers import FusedCausalAttention
+from megatron_bliss.target.model import Target, forward_only
 
 
 class TargetBackbone(Backbone):

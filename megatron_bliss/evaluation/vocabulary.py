@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bliss.parallel import all_gather
+from megatron_bliss.base.parallel import all_gather
 
 CHUNK = 256
 """Hidden states whose logits are made at once: 51 MB in fp32 at 50,304 tokens."""

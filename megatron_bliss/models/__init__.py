@@ -1,0 +1,1 @@
+"""The small models, proxy and score model: what they compute, how they are trained."""

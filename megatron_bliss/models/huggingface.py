@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.files import read_json, write_json
 from megatron_bliss.models.convert import Layout, huggingface_layout, shapes
 from megatron_bliss.models.presets import Architecture
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from megatron_bliss.config import ModelConfig
+from megatron_bliss.config.config import ModelConfig
 
 
 @dataclass(frozen=True)

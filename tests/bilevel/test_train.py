@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bliss import checkpoint
+from megatron_bliss.base import checkpoint
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World
-from megatron_bliss.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig
+from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, language_model_mask
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import build_lm

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import corpus_digest
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.data.validation import ValidationSettings, prepare_validation
 from megatron_bliss.data.verify import verify_corpus

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
+from megatron_bliss.data.ingest.sources import BadLine
 from megatron_bliss.data.labels import context_and_answer
-from megatron_bliss.data.sources import BadLine
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus, ValidationSettings, prepare_validation
 from tests.data.corpora import PASSAGES, documents, write_lines

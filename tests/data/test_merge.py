@@ -6,10 +6,11 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import adopt_manifest, read_manifest
 from megatron_bliss.data.merge import merge_corpora
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.subset import read_provenance, root_prefix, root_units, write_subset
+from megatron_bliss.data.provenance import read_provenance
+from megatron_bliss.data.subset import root_prefix, root_units, write_subset
 from megatron_bliss.data.verify import verify_corpus
 from tests.data.corpora import documents, write_corpus, write_lines
 from tools import merge_index

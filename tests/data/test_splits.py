@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bliss.config import DataConfig
+from megatron_bliss.config.config import DataConfig
 from megatron_bliss.data.indexed import CorpusWriter
-from megatron_bliss.data.sequences import TrainingSequences
 from megatron_bliss.data.splits import check_blend, check_sets, parse_split, split_bounds
+from megatron_bliss.target.sequences import TrainingSequences
 from tests.targets import grouped, layout
 
 

@@ -13,9 +13,10 @@ from megatron.core.datasets.utils import Split
 
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import adopt_manifest, check_same_tokenizer, corpus_digest, read_manifest
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.subset import provenance_codes, read_provenance, root_prefix, root_units, write_subset
+from megatron_bliss.data.provenance import provenance_codes, read_provenance
+from megatron_bliss.data.subset import root_prefix, root_units, write_subset
 from megatron_bliss.data.verify import verify_corpus
 from tests.data.corpora import write_corpus, write_lines
 

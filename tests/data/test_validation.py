@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus, ValidationSettings, parse_split, prepare_validation
 from tests.data.corpora import PASSAGES, documents, write_lines

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bliss.evaluation.packing import Request, make_batches, pack, rows_per_batch, waves
-from megatron_bliss.models.target_layers import branch_mask
+from megatron_bliss.target.layers import branch_mask
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 REQUESTS = st.lists(st.tuples(TOKENS, st.integers(1, 9)), min_size=1, max_size=25)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.evaluation.results import Cell, best, cells, find_results, markdown, read_results, write_results
-from megatron_bliss.files import read_json, write_json
 
 
 def result(values: dict[str, float], items: int = 400, **changes) -> dict:

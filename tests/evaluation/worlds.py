@@ -19,8 +19,8 @@ from megatron_bliss.evaluation.data_files import STEMS, read_task
 from megatron_bliss.evaluation.tasks import make_task, without_progress_bars
 from megatron_bliss.models.convert import huggingface_layout, reader, target_layout
 from megatron_bliss.models.huggingface import open_huggingface
-from megatron_bliss.models.target import build_target
-from megatron_bliss.models.target_weights import load_full_weights
+from megatron_bliss.target.model import build_target
+from megatron_bliss.target.weights import load_full_weights
 from tests.targets import LLAMA, NEOX
 
 ITEMS = 200

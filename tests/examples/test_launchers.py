@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bliss.arguments import check_layout, parse_arguments
-from megatron_bliss.config import Config
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.config.config import Config
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.models.presets import parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.run.checks import check_layout, parse_arguments
 from tests.data.corpora import documents, write_lines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -73,7 +73,17 @@ def test_every_example_configuration_is_known() -> None:
         assert f"run_folder: runs/{name}" in (EXAMPLES / name / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("script", ["find_python.sh", "launch.sh", "c4/prepare.sh", "quickstart/run.sh", "slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "find_python.sh",
+        "launch.sh",
+        "c4/prepare.sh",
+        "quickstart/run.sh",
+        "slurm/pretrain.sbatch",
+        "slurm/preprocess.sbatch",
+    ],
+)
 def test_scripts_are_valid_shell(script: str) -> None:
     done = subprocess.run(["bash", "-n", str(EXAMPLES / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

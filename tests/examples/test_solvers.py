@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from examples.studies import solvers
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.validation import ValidationSettings, prepare_validation
 from tests.data.corpora import documents, write_lines
 

@@ -21,9 +21,9 @@ from megatron_bliss.models.convert import (
 )
 from megatron_bliss.models.huggingface import config_json, open_huggingface, read_architecture, write_weights
 from megatron_bliss.models.presets import Architecture, parameter_count
-from megatron_bliss.models.target import last_hidden_states, output_weight
-from megatron_bliss.models.target_weights import full_weights, load_full_weights
 from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.weights import full_weights, load_full_weights
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, layout, make_target
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bliss.config import ModelConfig, ProxyConfig
+from megatron_bliss.config.config import ModelConfig, ProxyConfig
 from megatron_bliss.models.presets import PRESETS, flops_per_token, parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
 

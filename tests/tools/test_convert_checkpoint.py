@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_bliss import checkpoint
-from megatron_bliss.config import ProxyConfig, ScoreConfig, TargetConfig
+from megatron_bliss.base import checkpoint
+from megatron_bliss.config.config import ProxyConfig, ScoreConfig, TargetConfig
 from megatron_bliss.models.presets import parameter_count
 from megatron_bliss.models.score import build_score_model
-from megatron_bliss.models.target import last_hidden_states, output_weight
 from megatron_bliss.models.transformer import build_lm
-from megatron_bliss.pretrained import configured_architecture, load_pretrained, load_pretrained_proxy
-from megatron_bliss.target_checkpoint import save_target
+from megatron_bliss.target.checkpoint import save_target
+from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.pretrained import configured_architecture, load_pretrained, load_pretrained_proxy
 from tests.models.test_convert import huggingface_logits, save_huggingface, some_tokens
 from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, layout, make_corpus, make_target, train
 from tools import convert_checkpoint

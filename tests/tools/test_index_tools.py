@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
-from megatron_bliss.data.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.subset import read_provenance, root_units, write_subset
+from megatron_bliss.data.provenance import read_provenance
+from megatron_bliss.data.subset import root_units, write_subset
 from tests.data.corpora import documents, write_corpus, write_lines
 from tools import inspect_index, subset_index
 

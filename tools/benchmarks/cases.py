@@ -29,7 +29,7 @@ from megatron_bliss.bilevel import curvature
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.train import BilevelTrainer, World
 from megatron_bliss.bilevel.vector import parameter_total
-from megatron_bliss.config import BilevelConfig, ModelConfig, ScoreConfig
+from megatron_bliss.config.config import BilevelConfig, ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, language_model_mask
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import build_score_model

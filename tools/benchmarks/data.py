@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_bliss.base.files import sha256_file
 from megatron_bliss.data.demo.installation import installed_files
-from megatron_bliss.data.sources import JSON_SUFFIXES, expand_inputs
-from megatron_bliss.data.streams import ByteStream
+from megatron_bliss.data.ingest.sources import JSON_SUFFIXES, expand_inputs
+from megatron_bliss.data.ingest.streams import ByteStream
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.files import sha256_file
 from tools import train_tokenizer
 from tools.benchmarks import index, measure
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_bliss import parallel
-from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig
+from megatron_bliss.base import parallel
+from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig
 from megatron_bliss.data.tokenizers import BytesTokenizer, load_tokenizer
 from megatron_bliss.models.convert import huggingface_layout, reader, target_layout
 from megatron_bliss.models.huggingface import config_json, open_huggingface
 from megatron_bliss.models.presets import Architecture, resolve_architecture
-from megatron_bliss.models.target import build_target
-from megatron_bliss.models.target_weights import load_full_weights
+from megatron_bliss.target.model import build_target
+from megatron_bliss.target.weights import load_full_weights
 from tools.benchmarks import measure
 
 LENGTHS = {

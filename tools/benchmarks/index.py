@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_bliss.choosing import choose_units
-from megatron_bliss.config import SelectionConfig
+from megatron_bliss.base.files import atomic_file
+from megatron_bliss.config.config import SelectionConfig
 from megatron_bliss.data.indexed import blocks, contiguous_pointers, write_index_blocks
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.data.verify import verify_corpus
-from megatron_bliss.files import atomic_file
+from megatron_bliss.selection.choose import choose_units
 from tools.benchmarks import measure
 
 TOKENS = 8

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_bliss import parallel
-from megatron_bliss.config import ModelConfig, PlatformConfig, TargetConfig
+from megatron_bliss.base import parallel
+from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig
 from megatron_bliss.models.presets import PRESETS, flops_per_token, resolve_architecture
-from megatron_bliss.throughput import peak_flops
+from megatron_bliss.target.throughput import peak_flops
 from tools.benchmarks import measure
 from tools.benchmarks.measure import Peak
 from tools.benchmarks.pretrain_cases import CASES, Settings

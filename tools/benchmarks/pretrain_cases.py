@@ -28,14 +28,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_bliss.config import OptimizerConfig, PretrainingConfig, TargetConfig
-from megatron_bliss.data.sequences import MicroBatch
+from megatron_bliss.base.parallel import Groups
+from megatron_bliss.base.platform import DTYPES
+from megatron_bliss.config.config import OptimizerConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.models.huggingface import config_json
 from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.target import build_target, padded_vocab_size, transformer_config
-from megatron_bliss.parallel import Groups
-from megatron_bliss.platform import DTYPES
-from megatron_bliss.target_trainer import TargetTrainer
+from megatron_bliss.target.model import build_target, padded_vocab_size, transformer_config
+from megatron_bliss.target.sequences import MicroBatch
+from megatron_bliss.target.trainer import TargetTrainer
 
 OPTIMIZER = OptimizerConfig(lr=1e-4)
 

@@ -1,0 +1,64 @@
+"""What a selection method is given and what it gives back: the same for every baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bliss.base.parallel import Groups
+from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.data.batches import BatchSource, UnitDataset
+from megatron_bliss.models.loop import Trainer
+from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.target.model import Target
+from megatron_bliss.target.state import Moments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One round of one arm, on this rank.
+
+    A baseline is called on every rank. It scores all of ``source``, the round's shard, by what it learns from
+    ``reference``, the set that guides BLISS too.
+    """
+
+    source: UnitDataset
+    reference: BatchSource
+    eod: int
+    """Id of the token that ends documents."""
+    seed: int
+    folder: Path
+    """For results of a part of the work, so that a killed stage goes on; removed when the scores are written."""
+    groups: Groups
+    micro_batch_size: int
+    """Units per forward pass and rank."""
+    show_progress: bool
+    description: str
+    """Begins every line of progress."""
+    load_target: Callable[[], Target]
+    """The arm's target as the round before left it, not to be trained; collective. In fp32 whatever the run's
+    precision: bf16 would round small steps away."""
+    load_moments: Callable[[Target], Moments]
+    """The Adam moments that were saved with it; collective."""
+    target_architecture: Architecture
+    target_optimizer: OptimizerConfig
+    """How the target is trained."""
+    new_score_model: Callable[[], ScoreModel]
+    """A regressor for units: the warmed-up proxy's trunk with a new linear unit, no activation."""
+    train: Callable[[Trainer, int], None]
+    """Take a trainer to so many steps, logged and saved on the way as a stage's own training is; collective."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """float32 [units], all finite, higher is better: on the main rank; what made them; model FLOPs of it; what was
+    warned of."""
+
+    values: np.ndarray | None
+    settings: dict = field(default_factory=dict)
+    flops: float = 0.0
+    warnings: list[str] = field(default_factory=list)

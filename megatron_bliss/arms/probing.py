@@ -1,0 +1,107 @@
+"""Oracle influence: by how much one step of the target on one unit alone lowers its loss on the reference set.
+
+    I(x) = L(theta) - L(theta - lr u(g_x)),   g_x: gradient of the mean next-token loss of unit x, clipped
+    sgd:   u(g) = g
+    adam:  u(g) = m' / (1 - beta1^t) / (sqrt(v' / (1 - beta2^t)) + eps),
+           m' = beta1 m + (1 - beta1) g,  v' = beta2 v + (1 - beta2) g^2
+
+with m, v and t - 1 of the checkpoint. Weight decay is left out: it takes the same away whatever the unit.
+
+Every data-parallel replica measures units of its own; inside one, the target lies as it does in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bliss.base.parallel import Groups
+from megatron_bliss.data.batches import Batch
+from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
+from megatron_bliss.target.model import Target
+from megatron_bliss.target.segment import label_losses
+from megatron_bliss.target.state import Moments
+
+
+@dataclass(frozen=True)
+class Step:
+    """The optimisation step of a probe: learning rate, largest gradient norm (0: any), and Adam's constants.
+
+    ``moments`` None: the step is along the gradient.
+    """
+
+    lr: float
+    clip_grad: float
+    moments: Moments | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def update(self, number: int, gradient: Tensor) -> Tensor:
+        """lr u(g) of the weight ``number``; the gradient's memory may be used for it."""
+        if self.moments is None:
+            return gradient.mul_(self.lr)
+        first, second = self.moments.pairs[number]
+        count = self.moments.step + 1
+        denominator = second.mul(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        denominator.div_(1 - self.beta2**count).sqrt_().add_(self.eps)
+        mean = gradient.mul_(1 - self.beta1).add_(first, alpha=self.beta1)
+        return mean.div_(denominator).mul_(self.lr / (1 - self.beta1**count))
+
+
+class Probe:
+    """One replica of the target, in fp32, with its weights kept aside; every measurement leaves them as they were."""
+
+    def __init__(self, target: Target, step: Step, reference: Sequence[Batch], groups: Groups) -> None:
+        """Collective over a model-parallel group, whose ranks all bring the same reference batches."""
+        self.target, self.step, self.groups = target, step, groups
+        self.reference = [batch.to(groups.device) for batch in reference]
+        for chunk in target:
+            chunk.requires_grad_(True)
+        self.start = [parameter.detach().clone() for parameter in parameters(target)]
+        self.loss = self._reference_loss()
+        """Of the reference set before any step."""
+
+    def influence(self, unit: Batch) -> float:
+        """Reduction of the reference loss by one step on ``unit``; collective over a model-parallel group.
+
+        FloatingPointError, on every rank of the group, where it is no finite number.
+        """
+        try:
+            loss_gradient(self.target, unit, self.groups)
+            self._move(gradient_norm(self.target, self.groups))
+            influence = self.loss - self._reference_loss()
+        finally:
+            self._restore()
+        if not math.isfinite(influence):
+            raise FloatingPointError(
+                f"found influence {influence} of unit {unit.unit_ids.tolist()}, expected a finite number: lower "
+                "baselines.mates.lr"
+            )
+        return influence
+
+    @torch.no_grad()
+    def _move(self, norm: float) -> None:
+        limit = self.step.clip_grad
+        scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        for number, parameter in enumerate(parameters(self.target)):
+            parameter.sub_(self.step.update(number, parameter.grad.mul_(scale)))
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for parameter, start in zip(parameters(self.target), self.start, strict=True):
+            parameter.copy_(start)
+            parameter.grad = None
+
+    def _reference_loss(self) -> float:
+        total = label_losses(self.target, self.reference, self.groups)
+        dist.all_reduce(total, group=self.groups.model_parallel_group)
+        if not total[1]:
+            raise ValueError("found no labelled token in the reference samples, expected some: check the reference set")
+        return (total[0] / total[1]).item()

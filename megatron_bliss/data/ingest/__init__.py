@@ -1,0 +1,1 @@
+"""Raw text to a corpus: .bin, .idx, manifest, provenance, rejected lines."""

@@ -1,0 +1,247 @@
+"""What each stage takes on a device, for a plan: what is held between steps, what a step makes, and whether it fits.
+
+The target's training state is exact (models/target_memory.py); ``working`` memory is estimated from shapes. What CUDA,
+NCCL and the allocator's fragments take comes on top: ROOM is left for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_bliss.base.platform import choose_dtype
+from megatron_bliss.bilevel.memory import (
+    GIB,
+    block_elements,
+    gradient_bytes,
+    graph_bytes,
+    kept_bytes,
+    step_bytes,
+    trunk_count,
+)
+from megatron_bliss.bilevel.precision import DTYPES as SMALL_DTYPES
+from megatron_bliss.bilevel.train import split_batch
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.parse import arm_names
+from megatron_bliss.models.presets import Architecture, parameter_count
+from megatron_bliss.target.memory import (
+    FP32_BYTES,
+    MOMENT_BYTES,
+    activation_bytes,
+    forward_bytes,
+    training_state,
+    weight_count,
+)
+
+ROOM = 0.1
+"""Share of a device's memory that a plan leaves to what it does not count."""
+TEACHER_MICRO_BATCH = 8
+"""Samples of one forward pass of the frozen target (bilevel/teacher.py)."""
+
+
+def memory_plan(
+    config: Config, device: str, layout: dict, memory_gib: float, target: Architecture, proxy: Architecture
+) -> dict:
+    """{"stages": [{stage, parameters, gradients, optimizer, working, total}], "largest", "fits", "advice"}, in bytes.
+
+    Each stage on the pipeline rank that holds most. ``fits``: True, False, or None where the memory is not known.
+    """
+    sizing = _Sizing(config, device, layout, memory_gib, target, proxy)
+    stages = [sizing.training(), sizing.proxy_warmup(), sizing.bilevel(), sizing.score(), sizing.evaluate()]
+    stages += [sizing.mates()] if "mates" in arm_names(config) else []
+    largest = max(stages, key=lambda stage: stage["total"])
+    too_large = [stage for stage in stages if memory_gib and stage["total"] > memory_gib * GIB * (1 - ROOM)]
+    return {
+        "stages": stages,
+        "largest": largest["stage"],
+        "fits": not too_large if memory_gib else None,
+        "advice": [_advice(config, stage, memory_gib) for stage in too_large],
+    }
+
+
+def _entry(stage: str, parameters: int, gradients: int, optimizer: int, working: int) -> dict:
+    parts = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, "working": working}
+    return {"stage": stage, **parts, "total": sum(parts.values())}
+
+
+class _Sizing:
+    """The sizes that all stages' memory follows from."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: str,
+        layout: dict,
+        memory_gib: float,
+        target: Architecture,
+        proxy: Architecture,
+    ) -> None:
+        self.config, self.device, self.layout, self.target, self.proxy = config, device, layout, target, proxy
+        self.seq_length = config.data.seq_length
+        self.element_size = choose_dtype(config.platform).itemsize
+        self.kept_bytes = kept_bytes(int(memory_gib * GIB) if device == "cuda" else 0)
+        self.proxy_count = parameter_count(proxy)
+        self.score_count = trunk_count(proxy) + proxy.hidden_size + 1
+        stages = range(config.target.pipeline_model_parallel_size)
+        self.weights = self.element_size * max(weight_count(config.target, target, stage) for stage in stages)
+
+    def share(self, batch: int) -> int:
+        """Samples of a batch on the rank that has most."""
+        return -(-batch // self.layout["world_size"])
+
+    def training(self) -> dict:
+        """The target's warm-up, its training on a selection and its decay branches, with their evaluations."""
+        config, entries = self.config, []
+        for stage in range(config.target.pipeline_model_parallel_size):
+            states = training_state(
+                config.target,
+                config.pretraining,
+                self.target,
+                stage=stage,
+                replicas=self.layout["data_parallel_size"],
+                element_size=self.element_size,
+            )
+            state = max(states, key=lambda one: one.optimizer)
+            activations = activation_bytes(
+                config.target,
+                self.target,
+                stage=stage,
+                micro_batches=self.layout["micro_batches"],
+                tokens=config.pretraining.micro_batch_size * self.seq_length,
+                element_size=self.element_size,
+            )
+            working = max(activations, self._evaluation_bytes())
+            entries.append(
+                _entry("target training", state.parameters, state.gradients, state.optimizer, working)
+                | {"pipeline_stage": stage}
+            )
+        return max(entries, key=lambda entry: entry["total"])
+
+    def proxy_warmup(self) -> dict:
+        """Plain training of the proxy, a rank's samples all at once or in micro-batches."""
+        settings = self.config.proxy
+        samples, dtype = self.share(settings.warmup_batch_size), SMALL_DTYPES[settings.warmup_params_dtype]
+        samples = min(samples, settings.warmup_micro_batch_size or samples)
+        parameters = (FP32_BYTES + dtype.itemsize * (dtype.itemsize < FP32_BYTES)) * self.proxy_count
+        working = self._gradient_bytes(samples, dtype.itemsize, None)
+        return _entry("proxy warm-up", parameters, 0, MOMENT_BYTES * self.proxy_count, working)
+
+    def bilevel(self) -> dict:
+        """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
+        settings, seq_length = self.config.bilevel, self.seq_length
+        element_size = SMALL_DTYPES[settings.params_dtype].itemsize
+        count = self.proxy_count + self.score_count
+        parameters = FP32_BYTES * count + (element_size * count if element_size < FP32_BYTES else 0)
+        optimizer = MOMENT_BYTES * count + FP32_BYTES * self.proxy_count  # and z
+        samples = max(self.share(settings.global_batch_size), self.share(settings.validation_batch_size))
+        at_once, recompute = split_batch(settings, self.proxy, samples, seq_length, device=self.device)
+        at_once = min(at_once or samples, samples)
+        large = graph_bytes(self.proxy, at_once * seq_length, element_size, dual=True) > self.kept_bytes
+        options = {"element_size": element_size, "device": self.device}
+        working = max(
+            step_bytes(
+                self.proxy,
+                at_once,
+                seq_length,
+                recompute=large if recompute is None else recompute,
+                teacher=settings.kl_weight > 0,
+                **options,
+            ),
+            self._gradient_bytes(at_once, element_size, recompute),
+        )
+        if settings.kl_weight > 0:
+            held, forward = self._teacher_bytes(samples)
+            parameters += 0 if settings.offload_target else self.weights
+            working = held + max(working, forward + (self.weights if settings.offload_target else 0))
+        entry = _entry("bilevel", parameters, 0, optimizer, working)
+        return entry | {"micro_batch_size": at_once}
+
+    def _gradient_bytes(self, samples: int, element_size: int, recompute: bool | None) -> int:
+        if recompute is None:
+            tokens = samples * self.seq_length
+            recompute = graph_bytes(self.proxy, tokens, element_size, dual=False) > self.kept_bytes
+        options = {"recompute": recompute, "element_size": element_size, "device": self.device}
+        return gradient_bytes(self.proxy, samples, self.seq_length, **options)
+
+    def _teacher_bytes(self, samples: int) -> tuple[int, int]:
+        """(output matrix and this rank's hidden states, a forward pass over the model-parallel group's samples)."""
+        target, config = self.target, self.config.target
+        ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+        states = target.hidden_size * self.seq_length * self.element_size
+        held = target.vocab_size * target.hidden_size * self.element_size + samples * states
+        tokens = min(TEACHER_MICRO_BATCH, samples * ranks) * self.seq_length
+        forward = forward_bytes(config, target, tokens, self.element_size, with_logits=False)
+        return held, 2 * ranks * samples * states + forward  # the union of the group's samples, in parts and joined
+
+    def score(self) -> dict:
+        """One forward pass of the score model at a time."""
+        tokens = self.config.scoring.micro_batch_size * self.seq_length
+        element_size = SMALL_DTYPES[self.config.scoring.params_dtype].itemsize
+        working = block_elements(self.proxy) * tokens * element_size
+        return _entry("score", element_size * self.score_count, 0, 0, working)
+
+    def mates(self) -> dict:
+        """Probes: the target in fp32, a gradient on one unit, Adam's moments, and the weights to go back to."""
+        count = self.weights // self.element_size
+        moments = MOMENT_BYTES * count if self.config.baselines.mates.optimizer == "adam" else 0
+        sizes = {"stage": 0, "micro_batches": 1, "tokens": self.seq_length, "element_size": FP32_BYTES}
+        backward = activation_bytes(self.config.target, self.target, **sizes)
+        tokens = self.config.baselines.mates.micro_batch_size * self.seq_length
+        forward = forward_bytes(self.config.target, self.target, tokens, FP32_BYTES, with_logits=True)
+        saved = FP32_BYTES * count
+        return _entry("mates probes", FP32_BYTES * count, FP32_BYTES * count, moments, saved + max(backward, forward))
+
+    def evaluate(self) -> dict:
+        """The target as read back from disk, on test sets and tasks; the latter make their logits in small chunks."""
+        working, evaluation = self._evaluation_bytes(), self.config.evaluation
+        if evaluation.tasks:
+            sizes = evaluation.batch_tokens, self.element_size
+            working = max(working, forward_bytes(self.config.target, self.target, *sizes, with_logits=False))
+        return _entry("evaluate", self.weights, 0, 0, working)
+
+    def _evaluation_bytes(self) -> int:
+        """A forward pass over a micro-batch of test samples, at most ``data.seq_length`` tokens each."""
+        tokens = self.config.evaluation.micro_batch_size * self.seq_length
+        return forward_bytes(self.config.target, self.target, tokens, self.element_size, with_logits=True)
+
+
+def _advice(config: Config, entry: dict, memory_gib: float) -> str:
+    """What to change where a stage does not fit."""
+    usable = memory_gib * (1 - ROOM)
+    text = f"{entry['stage']}: {entry['total'] / GIB:.1f} GiB against {usable:.1f} of {memory_gib:g} GiB"
+    return f"{text}: {'; '.join(_changes(config, entry, usable))}"
+
+
+def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
+    held = (entry["total"] - entry["working"]) / GIB
+    if entry["stage"] == "target training":
+        return _training_changes(config, held, usable)
+    if entry["stage"] == "bilevel":
+        changes = []
+        if config.bilevel.kl_weight > 0 and not config.bilevel.offload_target:
+            changes.append("set bilevel.offload_target, or raise target.tensor_model_parallel_size")
+        if held < usable:
+            changes.append(f"set bilevel.memory_limit_gib to less than {usable - held:.1f}, or lower micro_batch_size")
+        return changes or ["take a smaller proxy"]
+    return {
+        "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
+        "score": ["lower scoring.micro_batch_size"],
+        "mates probes": [
+            "raise target.tensor_model_parallel_size or target.pipeline_model_parallel_size, lower "
+            "baselines.mates.micro_batch_size, or set baselines.mates.optimizer sgd"
+        ],
+        "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
+    }[entry["stage"]]
+
+
+def _training_changes(config: Config, held: float, usable: float) -> list[str]:
+    target, training, changes = config.target, config.pretraining, []
+    if training.micro_batch_size > 1 and held < usable:
+        changes.append("lower pretraining.micro_batch_size")
+    if target.recompute_granularity != "full" and held < usable:
+        changes.append("set target.recompute_granularity full (or selective with recompute_modules [mlp])")
+    if not training.use_distributed_optimizer:
+        changes.append("set pretraining.use_distributed_optimizer")
+    if target.tensor_model_parallel_size > 1 and not target.sequence_parallel and held < usable:
+        changes.append("set target.sequence_parallel")
+    changes.append("raise target.tensor_model_parallel_size or target.pipeline_model_parallel_size")
+    return changes

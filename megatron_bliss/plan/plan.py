@@ -1,0 +1,251 @@
+"""What a run will take, before it runs: FLOPs, tokens and time of every stage, memory of a rank, data and disk.
+
+Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the
+stages record when they are done, by the same functions (flops.py), where the corpus is there; time is those numbers
+over what the devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from megatron_bliss.base.parallel import check_world_size
+from megatron_bliss.config.config import Config, PlatformConfig
+from megatron_bliss.config.parse import ROUND_STAGES, arm_names, has_stage
+from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, scoring_flops, training_flops
+from megatron_bliss.models.presets import Architecture, parameter_count
+from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
+from megatron_bliss.plan.memory import memory_plan
+from megatron_bliss.run.checks import check_layout, check_options, not_ready
+from megatron_bliss.target.layout import check_layout as check_target_layout
+from megatron_bliss.target.learning_rate import learning_rate_at
+from megatron_bliss.target.pretrained import configured_architecture
+from megatron_bliss.target.throughput import PEAK_TFLOPS, peak_by_name
+from megatron_bliss.target.trainer import data_parallel_config, num_micro_batches
+
+SMALL_MODEL_STAGES = ("warmup proxy", "bilevel", "score")
+"""What a run of the control arm alone would not need."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for: so many ranks, and what one device can do."""
+
+    world_size: int
+    device: str | None = None
+    """A name in PEAK_TFLOPS in any case, or ``cpu``; None: not said."""
+    peak_tflops: float = 0.0
+    """Peak in platform.params_dtype, in place of the device's (0: the device's)."""
+    mfu: float = 0.4
+    """Share of the peak that the target's training reaches."""
+    proxy_mfu: float = 0.0
+    """The same of the stages of proxy and score model (0: as much)."""
+    memory_gib: float = 0.0
+    """Memory of one device (0: not said)."""
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"found --world-size {self.world_size}, expected 1 or more")
+        for option, share in (("--mfu", self.mfu), ("--proxy-mfu", self.proxy_mfu or self.mfu)):
+            if not 0 < share <= 1:
+                raise ValueError(f"found {option} {share}, expected a share above 0 and at most 1")
+        if self.peak_tflops < 0 or self.memory_gib < 0:
+            raise ValueError(
+                f"found --peak-tflops {self.peak_tflops} and --memory-gib {self.memory_gib}, expected positive numbers"
+            )
+        if self.device and self.device.lower() != "cpu" and peak_by_name(_spelled(self.device), "bf16") is None:
+            known = ", ".join(name.lower() for name in PEAK_TFLOPS)
+            raise ValueError(f"found --device {self.device!r}, expected cpu or one of {known}; or give --peak-tflops")
+
+    def peak(self, platform: PlatformConfig, dtype: str) -> float | None:
+        """FLOP/s of one device in ``dtype``; None where nobody says."""
+        if self.peak_tflops and (dtype == platform.params_dtype or not self.device):
+            return self.peak_tflops * 1e12
+        return peak_by_name(_spelled(self.device), dtype) if self.device else None
+
+    def kind(self, platform: PlatformConfig) -> str:
+        """cpu or cuda; a run whose platform is ``auto`` is planned for CUDA unless the device is said to be a CPU."""
+        return "cpu" if "cpu" in (platform.device, (self.device or "").lower()) else "cuda"
+
+
+def _spelled(device: str) -> str:
+    """A device as the table spells it: ``h100 pcie`` is ``H100 PCIe``."""
+    return next((name for name in PEAK_TFLOPS if name.lower() == device.lower()), device.upper())
+
+
+def make_plan(
+    config: Config, machine: Machine, *, corpus_tokens: int | None = None, vocab_size: int | None = None
+) -> dict:
+    """The plan as plain data (README.md, "Before a run"); bytes, seconds and FLOPs as numbers.
+
+    corpus_tokens, vocab_size: of a corpus that is not made yet. Raises the ValueErrors of a run for options that do
+    not fit each other or the layout; data that is not there yet is listed under ``not_ready``.
+    """
+    check_options(config)
+    vocabulary, source = plan_vocabulary(config, vocab_size)
+    target = configured_architecture("target", config.target, vocabulary)
+    proxy = configured_architecture("proxy", config.proxy, vocabulary)
+    layout, warnings = _layout(config, machine, target)
+    corpus = plan_corpus(config, corpus_tokens)
+    stages = [_timed(record, config, machine, target, proxy) for record in _stages(config, target, proxy, corpus)]
+    data = data_plan(config, corpus)
+    return {
+        "machine": asdict(machine),
+        "layout": layout,
+        "models": {name: _model(arch) for name, arch in (("target", target), ("proxy", proxy))},
+        "not_ready": not_ready(config),
+        "assumptions": [*_assumptions(config, machine), source, *corpus.assumptions],
+        "warnings": [*warnings, *data.pop("warnings")],
+        "stages": stages,
+        **_totals(stages, machine),
+        "memory": memory_plan(config, machine.kind(config.platform), layout, machine.memory_gib, target, proxy),
+        "data": data,
+        "disk": disk_plan(config, corpus, target, proxy),
+    }
+
+
+def _model(arch: Architecture) -> dict:
+    return {**asdict(arch), "parameters": parameter_count(arch)}
+
+
+def _layout(config: Config, machine: Machine, target: Architecture) -> tuple[dict, list[str]]:
+    """Sizes of the parallel groups, and warnings; ValueError for what a run refuses when its ranks have met."""
+    check_world_size(config.target, machine.world_size)
+    tensor, pipeline = config.target.tensor_model_parallel_size, config.target.pipeline_model_parallel_size
+    replicas, chunks = machine.world_size // (tensor * pipeline), config.target.virtual_pipeline_model_parallel_size
+    warnings = check_layout(config, world_size=machine.world_size, data_parallel_size=replicas)
+    check_target_layout(config.target, target, config.data.seq_length)
+    count = num_micro_batches(config.pretraining, replicas, pipeline, chunks)
+    data_parallel_config(config.pretraining)
+    training = config.pretraining
+    total = training.warmup_iters + config.rounds * training.train_iters
+    learning_rate_at(training.optimizer, 0, total)
+    layout = {
+        "world_size": machine.world_size,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "data_parallel_size": replicas,
+        "micro_batches": count,
+    }
+    return layout, warnings
+
+
+def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: Corpus) -> Iterator[dict]:
+    """Every stage of the run as {arm, round, stage, tokens, flops}, named as ``summary.json`` names them."""
+    seq_length, training = config.data.seq_length, config.pretraining
+    iteration_tokens, iteration = training.global_batch_size * seq_length, training_flops(training, target, seq_length)
+    bilevel = config.bilevel
+    bilevel_batch = bilevel.lower_iters * bilevel.global_batch_size + bilevel.validation_batch_size
+    branch = training.decay_branch_iters
+    fixed = {
+        "bilevel": (
+            bilevel.upper_iters * bilevel_batch * seq_length,
+            bilevel_flops(bilevel, proxy, target, seq_length),
+        ),
+        "pretrain": (training.train_iters * iteration_tokens, training.train_iters * iteration),
+        "decay_branch": (branch * iteration_tokens, branch * iteration),
+    }
+    warmup = {"target": (training.warmup_iters * iteration_tokens, training.warmup_iters * iteration)}
+    warmup |= {"decay_branch": fixed["decay_branch"]} if branch else {}
+    proxy_tokens = config.proxy.warmup_iters * config.proxy.warmup_batch_size * seq_length
+    warmup["proxy"] = proxy_tokens, proxy_warmup_flops(config.proxy, proxy, seq_length)
+    warmup |= {"evaluate": (0, 0.0)} if config.evaluation.tasks else {}
+    for stage, cost in warmup.items():
+        yield _record("shared", 0, f"warmup {stage}", *cost)
+    for arm in arm_names(config):
+        for number in range(1, config.rounds + 1):
+            costs = {**fixed, "score": _scoring(config, arm, number, target, proxy, corpus)}
+            for stage in ROUND_STAGES:
+                if has_stage(config, arm, stage):
+                    yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
+
+
+def _scoring(
+    config: Config, arm: str, number: int, target: Architecture, proxy: Architecture, corpus: Corpus
+) -> tuple[int, float]:
+    """Tokens of the shard that a model reads, and all FLOPs of the stage; units that mates probes count as long as they
+    can be."""
+    units, tokens, length = corpus.units[number], corpus.tokens[number], config.data.seq_length
+    if arm == "bliss":
+        return tokens, float(scoring_flops(tokens, proxy, length))
+    if arm != "mates":
+        return 0, 0.0
+    mates = config.baselines.mates
+    probed = min(mates.probe_units, units)
+    sizes = {"probed_units": probed, "probed_tokens": probed * length, "shard_tokens": tokens}
+    sizes["reference_tokens"] = reference_tokens(config)
+    return tokens, mates_flops(mates, proxy, target, length, **sizes)
+
+
+def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dict:
+    return {"arm": arm, "round": number, "stage": stage, "tokens": tokens, "flops": flops}
+
+
+def _timed(record: dict, config: Config, machine: Machine, target: Architecture, proxy: Architecture) -> dict:
+    """A record with its seconds: FLOPs / (ranks x peak in the stage's precision x utilisation); None without a peak."""
+    platform, flops = config.platform, record["flops"]
+    parts = {platform.params_dtype: flops}
+    if record["stage"] in ("warmup proxy", "score"):
+        parts = {_small_dtype(config, record["stage"]) if record["arm"] != "mates" else "fp32": flops}
+    if record["stage"] == "bilevel":  # the frozen target runs in its own precision
+        alone = bilevel_flops(replace(config.bilevel, kl_weight=0.0), proxy, target, config.data.seq_length)
+        parts = {platform.params_dtype: flops - alone}
+        parts[config.bilevel.params_dtype] = parts.get(config.bilevel.params_dtype, 0.0) + alone
+    share = machine.mfu if record["stage"] not in SMALL_MODEL_STAGES else machine.proxy_mfu or machine.mfu
+    peaks = {dtype: machine.peak(platform, dtype) for dtype in parts}
+    if None in peaks.values():
+        return {**record, "seconds": None}
+    return {**record, "seconds": sum(part / (machine.world_size * peaks[d] * share) for d, part in parts.items())}
+
+
+def _small_dtype(config: Config, stage: str) -> str:
+    """The precision of a stage of proxy or score model alone."""
+    return config.scoring.params_dtype if stage == "score" else config.proxy.warmup_params_dtype
+
+
+def _assumptions(config: Config, machine: Machine) -> list[str]:
+    """What the times rest on."""
+    small = machine.proxy_mfu or machine.mfu
+    alone = [_small_dtype(config, stage) for stage in ("score", "warmup proxy")]
+    alone += ["fp32"] if "mates" in arm_names(config) else []
+    dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, *alone))
+    peaks = {dtype: machine.peak(config.platform, dtype) for dtype in dtypes}
+    if None in peaks.values():
+        return ["no times: nothing says what a device can do (--device or --peak-tflops)"]
+    described = " and ".join(f"{peak / 1e12:g} TFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    return [
+        f"time = FLOPs / (ranks x peak x utilisation), with a peak of {described} and a utilisation of "
+        f"{machine.mfu:.0%} for the target, {small:.0%} for proxy and score model (--mfu, --proxy-mfu); evaluations, "
+        "checkpoints, selection and start-up come on top"
+    ]
+
+
+def _totals(stages: Sequence[Mapping], machine: Machine) -> dict:
+    """Sums per arm and over the run, and what BLISS costs on top of a run of the control arm alone."""
+    names = list(dict.fromkeys(record["arm"] for record in stages))
+    arms = {name: _sum([record for record in stages if record["arm"] == name]) for name in names}
+    total = _sum(stages)
+    seconds = total["seconds"]
+    total["device_hours"] = None if seconds is None else seconds * machine.world_size / 3600
+    return {"arms": arms, "total": total, "overhead": _overhead(stages)}
+
+
+def _sum(records: Sequence[Mapping]) -> dict:
+    seconds = [record["seconds"] for record in records]
+    return {
+        "tokens": sum(record["tokens"] for record in records),
+        "flops": sum(record["flops"] for record in records),
+        "seconds": None if None in seconds else sum(seconds),
+    }
+
+
+def _overhead(stages: Sequence[Mapping]) -> dict | None:
+    """{flops, seconds}: work of proxy and score model ÷ work of the target's training in one arm; None without it."""
+    if not any(record["arm"] == "bliss" for record in stages):
+        return None
+    arm = [record for record in stages if record["arm"] in ("shared", "bliss")]
+    extra = _sum([record for record in arm if record["stage"] in SMALL_MODEL_STAGES])
+    control = _sum([record for record in arm if record["stage"] not in SMALL_MODEL_STAGES])
+    ratio = None if extra["seconds"] is None else extra["seconds"] / control["seconds"]
+    return {"flops": extra["flops"] / control["flops"], "seconds": ratio}

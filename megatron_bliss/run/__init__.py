@@ -1,0 +1,1 @@
+"""A run: its rounds, its stages, its folder."""

@@ -1,0 +1,201 @@
+"""What a run refuses before any work: options that cannot work together, and data that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_bliss.config.baselines import BASELINE_NAMES, FEWEST_PROBES, BaselinesConfig
+from megatron_bliss.config.config import Config, ProxyConfig, TargetConfig
+from megatron_bliss.config.parse import ROUND_STAGES, arm_names, parse_options
+from megatron_bliss.data.manifest import check_same_tokenizer
+from megatron_bliss.data.provenance import require_field
+from megatron_bliss.data.splits import check_blend, check_sets
+from megatron_bliss.evaluation.checks import check_evaluation
+from megatron_bliss.models.presets import is_sized
+from megatron_bliss.selection.choose import check_selection
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line (``sys.argv`` by default) into a checked configuration.
+
+    Ends the program with a usage message on unknown keys or wrong types, and raises ``ValueError`` for combinations
+    that cannot work.
+    """
+    config = parse_options(arguments)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before any work; errors name the option to change."""
+    check_options(config)
+    for data_check in _data_checks(config):
+        data_check()
+
+
+def check_options(config: Config) -> None:
+    """Refuse what cannot work whatever lies on this machine's disk."""
+    _check_run(config)
+    _check_sizes(config)
+    check_blend(config.data)
+
+
+def not_ready(config: Config) -> list[str]:
+    """What :func:`check` would refuse for want of data, a line each: all of them, not the first."""
+    found = []
+    for data_check in _data_checks(config):
+        try:
+            data_check()
+        except ValueError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def check_layout(config: Config, *, world_size: int, data_parallel_size: int) -> list[str]:
+    """Refuse a target's batch that its replicas cannot share; warnings of small models' batches that leave ranks idle.
+
+    Proxy and score model are data-parallel over all ranks. One that has no sample takes part in the sums with none.
+    """
+    training = config.pretraining
+    if training.global_batch_size % (training.micro_batch_size * data_parallel_size):
+        raise ValueError(
+            f"found pretraining.global_batch_size {training.global_batch_size}, expected a multiple of "
+            f"pretraining.micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
+        )
+    warnings = []
+    for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if value < world_size:
+            warnings.append(
+                f"{name} {value} on {world_size} ranks leaves {world_size - value} of them without a sample: a batch "
+                f"of {world_size} costs no more time"
+            )
+    return warnings
+
+
+def _check_run(config: Config) -> None:
+    if not config.run_folder:
+        raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
+    known = ("bliss", *BASELINE_NAMES)
+    unknown = [name for name in arm_names(config) if name not in known]
+    if unknown or not arm_names(config):
+        raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}")
+    if config.rounds < 1:
+        raise ValueError(f"found rounds {config.rounds}, expected at least 1")
+    if config.stage is None and (config.round is not None or config.arm is not None):
+        raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
+    if config.stage in ROUND_STAGES:
+        if config.stage == "evaluate" and config.round == 0 and config.evaluation.tasks:
+            return  # the warm-up's target, shared by all arms
+        if config.round is None or not 1 <= config.round <= config.rounds:
+            raise ValueError(f"found round {config.round} for --stage {config.stage}, expected 1 to {config.rounds}")
+        if config.arm not in arm_names(config):
+            raise ValueError(f"found arm {config.arm!r} for --stage {config.stage}, expected --arm among {config.arms}")
+
+
+def _check_sizes(config: Config) -> None:
+    positive = {
+        "data.seq_length": config.data.seq_length,
+        "bilevel.upper_iters": config.bilevel.upper_iters,
+        "bilevel.lower_iters": config.bilevel.lower_iters,
+        "bilevel.global_batch_size": config.bilevel.global_batch_size,
+        "bilevel.solver_steps": config.bilevel.solver_steps,
+        "scoring.micro_batch_size": config.scoring.micro_batch_size,
+        "baselines.dsir.buckets": config.baselines.dsir.buckets,
+        "baselines.dsir.max_ngram": config.baselines.dsir.max_ngram,
+        "baselines.mates.reference_samples": config.baselines.mates.reference_samples,
+        "baselines.mates.micro_batch_size": config.baselines.mates.micro_batch_size,
+        "baselines.mates.regressor_iters": config.baselines.mates.regressor_iters,
+        "baselines.mates.regressor_batch_size": config.baselines.mates.regressor_batch_size,
+        "pretraining.warmup_iters": config.pretraining.warmup_iters,
+        "pretraining.train_iters": config.pretraining.train_iters,
+        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
+        "pretraining.eval_interval": config.pretraining.eval_interval,
+        "evaluation.batch_tokens": config.evaluation.batch_tokens,
+        "checkpoint.save_interval": config.checkpoint.save_interval,
+        "checkpoint.keep": config.checkpoint.keep,
+        "logging.log_interval": config.logging.log_interval,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"found {name} {value}, expected 1 or more")
+    branch = config.pretraining.decay_branch_iters
+    if branch < 0 or (config.stage == "decay_branch" and not branch):
+        expected = "1 or more for --stage decay_branch" if branch == 0 else "0 or more"
+        raise ValueError(f"found pretraining.decay_branch_iters {branch}, expected {expected}")
+    check_selection(config.selection)
+    for name in ("kl_weight", "l2_weight", "damping"):
+        if getattr(config.bilevel, name) < 0:
+            raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
+    if config.proxy.warmup_micro_batch_size < 0:
+        found = config.proxy.warmup_micro_batch_size
+        raise ValueError(f"found proxy.warmup_micro_batch_size {found}, expected 0 (all samples at once) or more")
+    _check_baselines(config.baselines)
+    if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
+        raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
+    for name in ("target", "proxy"):
+        _check_model(name, getattr(config, name))
+
+
+def _check_baselines(baselines: BaselinesConfig) -> None:
+    mates = baselines.mates
+    not_negative = {
+        "dsir.noise": baselines.dsir.noise,
+        "mates.lr": mates.lr,
+        "mates.clip_grad": mates.clip_grad,
+        "mates.regressor_weight_decay": mates.regressor_weight_decay,
+    }
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"found baselines.{name} {value}, expected 0 or more")
+    if mates.regressor_lr <= 0:
+        raise ValueError(f"found baselines.mates.regressor_lr {mates.regressor_lr}, expected more than 0")
+    if mates.probe_units < FEWEST_PROBES:
+        raise ValueError(
+            f"found baselines.mates.probe_units {mates.probe_units}, expected {FEWEST_PROBES} or more (thousands for "
+            "scores that mean something)"
+        )
+
+
+def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
+    if model.pretrained_checkpoint is not None:
+        if not Path(model.pretrained_checkpoint).is_dir():
+            raise ValueError(
+                f"found {name}.pretrained_checkpoint {model.pretrained_checkpoint!r}, expected the folder of a model"
+            )
+        if not is_sized(model):
+            return
+    sizes = (model.architecture, model.num_layers, model.hidden_size, model.num_attention_heads)
+    if model.preset is None and None in sizes:
+        raise ValueError(
+            f"found no size for the {name}, expected {name}.preset or all of {name}.architecture, {name}.num_layers, "
+            f"{name}.hidden_size, {name}.num_attention_heads"
+        )
+
+
+def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
+    """One check per thing that has to lie on the disk, which raises ValueError where it does not."""
+    data = config.data
+    yield partial(check_sets, data)
+    prefixes = {"data.train_prefix": data.train_prefix}
+    if data.validation_prefix:
+        prefixes["data.validation_prefix"] = data.validation_prefix
+    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
+    prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
+    for name, prefix in prefixes.items():
+        yield partial(_check_prefix, name, prefix, data.train_prefix)
+    if data.shard_by == "file":
+        yield partial(require_field, data.train_prefix, "file")
+    if config.selection.policy in ("proportional", "quotas"):
+        yield partial(require_field, data.train_prefix, config.selection.domain_field)
+    if config.evaluation.tasks:
+        yield partial(check_evaluation, config.evaluation, data.train_prefix)
+
+
+def _check_prefix(name: str, prefix: str, train_prefix: str) -> None:
+    if not prefix or not Path(f"{prefix}.idx").is_file():
+        raise ValueError(f"found {name} {prefix!r}, expected a prefix such that PREFIX.idx and PREFIX.bin exist")
+    check_same_tokenizer(train_prefix, prefix)

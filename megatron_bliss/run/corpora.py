@@ -1,0 +1,82 @@
+"""The corpora of a run: shards to choose from, the set that guides the selection, held-out sets, what is blended in.
+
+All that is cut from the corpus are index views in ``RUN/shards``; no token is copied.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.config.config import DataConfig
+from megatron_bliss.data.compare import shares_of
+from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.provenance import provenance_codes
+from megatron_bliss.data.splits import PARTS, parse_split, split_bounds
+from megatron_bliss.data.subset import write_subset
+from megatron_bliss.run.session import Session, derive_seed
+from megatron_bliss.selection.policies import shards
+
+PROVENANCE_FIELDS = ("domain", "format", "label")
+"""Columns of the provenance by which selections are described."""
+
+
+def make_shards(session: Session, folder: Path) -> dict:
+    """Split the corpus, and deal what is chosen from to rounds + 1 disjoint shards; the first is the warm-up's."""
+    data, rounds, seed = session.config.data, session.config.rounds, derive_seed(session.config.seed, "shards")
+    prefixes, parts = [], {}
+    with failing_together(session.groups):
+        if session.groups.is_main:
+            bounds, dealt = deal_units(data, rounds, session.config.seed)
+            for number, ids in enumerate(dealt):
+                policy = {"name": "shard", "number": number, "of": rounds + 1, "by": data.shard_by, "seed": seed}
+                prefixes.append(write_subset(data.train_prefix, ids, folder, label=f"shard{number}", policy=policy))
+            for name, first, last in zip(PARTS[1:], bounds, bounds[1:], strict=False):
+                if last > first:
+                    policy = {"name": "split", "part": name, "split": data.split}
+                    part = write_subset(data.train_prefix, np.arange(first, last), folder, label=name, policy=policy)
+                    parts[name] = Path(part).name
+    names = [Path(prefix).name for prefix in prefixes]
+    return {"prefixes": names, "parts": parts, "domains": shares_by_field(data.train_prefix)}
+
+
+def deal_units(data: DataConfig, rounds: int, seed: int) -> tuple[list[int], list[np.ndarray]]:
+    """Where each part of the corpus ends (see ``split_bounds``), and the units of each of the rounds + 1 shards."""
+    num_units = read_manifest(data.train_prefix)["counts"]["units"]
+    bounds = split_bounds(num_units, parse_split(data.split))
+    if bounds[0] <= rounds:
+        raise ValueError(
+            f"found {bounds[0]} units to choose from in {data.train_prefix}, expected at least one for each "
+            f"of {rounds + 1} shards: give a larger corpus, or change data.split or rounds"
+        )
+    files = provenance_codes(data.train_prefix, "file")[0][: bounds[0]] if data.shard_by == "file" else None
+    return bounds, shards(bounds[0], rounds + 1, by=data.shard_by, seed=derive_seed(seed, "shards"), files=files)
+
+
+def shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
+    """{provenance field: {value: share of units}} of a corpus; empty where it does not know its sources."""
+    shares = {field: shares_of(prefix, field) for field in PROVENANCE_FIELDS}
+    return {field: share for field, share in shares.items() if share}
+
+
+def shard_prefix(session: Session, round_number: int) -> str:
+    """The shard of a round (0: the warm-up's)."""
+    folder = session.folder.path / "shards"
+    return str(folder / session.folder.require(folder, "any other stage")["prefixes"][round_number])
+
+
+def guiding_prefix(session: Session) -> str:
+    """The validation set of the upper level: the one given, or the corpus's own part."""
+    return session.config.data.validation_prefix or _part(session, "validation")
+
+
+def held_out_prefixes(session: Session) -> list[str]:
+    """Sets on which every arm is measured: those given, or the corpus's own part."""
+    return session.config.data.test_prefixes or [_part(session, "test")]
+
+
+def _part(session: Session, name: str) -> str:
+    folder = session.folder.path / "shards"
+    return str(folder / session.folder.require(folder, "any other stage")["parts"][name])

@@ -1,0 +1,1 @@
+"""From a scored corpus to the units that are kept."""

@@ -1,0 +1,226 @@
+"""What a plan says follows from the options alone; that it comes true is tested in test_rounds.py and
+models/test_target_memory.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bliss.bilevel.memory import GIB, step_bytes
+from megatron_bliss.config.config import Config, ModelConfig
+from megatron_bliss.config.parse import parse_options
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.models.flops import bilevel_flops
+from megatron_bliss.models.presets import resolve_architecture
+from megatron_bliss.plan.plan import Machine, make_plan
+from megatron_bliss.plan.text import format_plan
+from megatron_bliss.selection.choose import repetition_warnings
+from megatron_bliss.target.throughput import PEAK_TFLOPS
+from tests.data.corpora import documents, write_lines
+from tools import plan as tool
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config.yaml"))
+RANKS = {"quickstart": 2, "web_text": 2}
+
+
+def options(name: str, *others: str) -> list[str]:
+    return ["--config", str(ROOT / "examples" / name / "config.yaml"), "--run_folder", "runs/planned", *others]
+
+
+def config(name: str, *others: str) -> Config:
+    return parse_options(options(name, *others))
+
+
+def plan(name: str, *others: str, **machine) -> dict:
+    return make_plan(config(name, *others), Machine(**{"world_size": 8, **machine}))
+
+
+def memory(planned: dict) -> dict[str, dict]:
+    return {entry["stage"]: entry for entry in planned["memory"]["stages"]}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_is_planned_without_its_corpus(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no corpus lies
+    planned = plan(name, world_size=RANKS.get(name, 8), device="h100", memory_gib=80.0)
+    assert planned["memory"]["fits"] and planned["memory"]["advice"] == []
+    assert json.loads(json.dumps(planned, allow_nan=False)) == planned
+    assert any(text.startswith("found data.train_prefix") for text in planned["not_ready"])
+    assert all(one["epochs"] == pytest.approx(1.0, rel=1e-3) for one in planned["data"]["rounds"])
+    assert all(entry["total"] > 0 for entry in planned["memory"]["stages"])
+    text = format_plan(planned)
+    for part in ("Work", "Memory of the rank", "Data: a corpus of", "Disk", "not ready:", "assumed:", "estimated"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 112
+
+
+def test_time_is_work_over_what_the_devices_reach() -> None:
+    planned = plan("pythia_1b_c4", device="h100", mfu=0.5, proxy_mfu=0.25)
+    stages = {(one["arm"], one["round"], one["stage"]): one for one in planned["stages"]}
+    bf16, fp32 = (PEAK_TFLOPS["H100"][dtype] * 1e12 for dtype in ("bf16", "fp32"))
+    others = "--scoring.params_dtype", "fp32", "--arms", "bliss,random,mates"
+    exact = plan("pythia_1b_c4", *others, device="h100", mfu=0.5, proxy_mfu=0.25)
+    for one in exact["stages"]:
+        if one["stage"] == "score" and one["arm"] != "random":  # probes of mates are fp32 always
+            assert one["seconds"] == pytest.approx(one["flops"] / (8 * fp32 * 0.25)) and one["seconds"] > 0
+    pretrain, score = stages["bliss", 2, "pretrain"], stages["bliss", 2, "score"]
+    assert pretrain["seconds"] == pytest.approx(pretrain["flops"] / (8 * bf16 * 0.5))
+    assert score["seconds"] == pytest.approx(score["flops"] / (8 * bf16 * 0.25))
+    hours = sum(one["seconds"] for one in planned["stages"]) * 8 / 3600
+    assert planned["total"]["device_hours"] == pytest.approx(hours)
+    assert plan("pythia_1b_c4")["total"]["seconds"] is None
+    alike = {one["stage"]: one for one in plan("pythia_1b_c4", peak_tflops=100.0)["stages"]}
+    assert alike["score"]["seconds"] == pytest.approx(alike["score"]["flops"] / (8 * 100e12 * 0.4))
+
+
+def test_the_frozen_target_keeps_its_own_precision() -> None:
+    others = ("--bilevel.params_dtype", "fp32")
+    settings = config("pythia_1b_c4", *others)
+    found = next(one for one in plan("pythia_1b_c4", *others, device="a100")["stages"] if one["stage"] == "bilevel")
+    proxy, target = (resolve_architecture(ModelConfig(preset=name), 50304) for name in ("pythia-31m", "pythia-1b"))
+    alone = bilevel_flops(config("pythia_1b_c4", "--bilevel.kl_weight", "0").bilevel, proxy, target, 1024)
+    assert found["flops"] == bilevel_flops(settings.bilevel, proxy, target, 1024) > alone
+    expected = (found["flops"] - alone) / 312e12 + alone / 19.5e12
+    assert found["seconds"] == pytest.approx(expected / (8 * 0.4))
+
+
+def test_what_bliss_costs_is_what_a_control_arm_does_not_do() -> None:
+    planned = plan("pythia_410m_c4", "--scoring.params_dtype", "fp32", device="h200")
+    control = plan("pythia_410m_c4", "--arms", "random", device="h200")
+    proxy = next(one["flops"] for one in control["stages"] if one["stage"] == "warmup proxy")
+    alone = control["total"]["flops"] - proxy
+    bliss = planned["arms"]["shared"]["flops"] + planned["arms"]["bliss"]["flops"]
+    assert planned["overhead"]["flops"] == pytest.approx(bliss / alone - 1)
+    assert planned["overhead"]["seconds"] > planned["overhead"]["flops"]  # scoring runs in fp32
+    assert control["overhead"] is None
+
+
+def test_what_does_not_fit_is_named_with_what_to_change() -> None:
+    planned = plan("pythia_2p8b_c4", "--target.recompute_granularity", "none", memory_gib=16.0)
+    found = planned["memory"]
+    assert found["fits"] is False and found["largest"] == "target training"
+    advice = "\n".join(found["advice"])
+    assert "target training:" in advice and "target.recompute_granularity" in advice
+    assert "not every stage fits in 16 GiB" in format_plan(planned)
+    assert plan("pythia_2p8b_c4")["memory"]["fits"] is None
+
+
+def test_offloading_and_a_limit_make_the_bilevel_stage_smaller() -> None:
+    whole = memory(plan("pythia_1b_c4"))["bilevel"]
+    offloaded = memory(plan("pythia_1b_c4", "--bilevel.offload_target", "true"))["bilevel"]
+    assert offloaded["parameters"] == whole["parameters"] - memory(plan("pythia_1b_c4"))["evaluate"]["parameters"]
+    untied = memory(plan("pythia_1b_c4", "--bilevel.kl_weight", "0", memory_gib=80.0))["bilevel"]
+    proxy = resolve_architecture(ModelConfig(preset="pythia-31m"), 50304)
+    assert untied["working"] == step_bytes(proxy, 4, 1024, recompute=False, element_size=2, device="cuda")
+    limit = ("--bilevel.memory_limit_gib", "0.9", "--bilevel.global_batch_size", "512")
+    limited = memory(plan("pythia_1b_c4", "--bilevel.kl_weight", "0", *limit))["bilevel"]
+    assert 1 <= limited["micro_batch_size"] < 64 and limited["working"] <= 0.9 * GIB
+    with pytest.raises(ValueError, match="found bilevel.memory_limit_gib 0.01, expected at least"):
+        plan("pythia_1b_c4", "--bilevel.memory_limit_gib", "0.01")
+
+
+def test_training_memory_is_near_the_measured() -> None:
+    """docs/benchmarks/pretrain_cpu.md: 2,027 MiB, of which 1,114 are held between steps."""
+    sizes = ("--target.preset", "pythia-70m", "--data.seq_length", "512", "--platform.params_dtype", "fp32")
+    batch = ("--pretraining.micro_batch_size", "4", "--pretraining.global_batch_size", "4")
+    others = (*sizes, *batch, "--evaluation.micro_batch_size", "1")
+    entry = memory(plan("pythia_1b_c4", *others, world_size=1, device="cpu"))["target training"]
+    assert entry["total"] / 2**20 == pytest.approx(2027, rel=0.1)
+    assert (entry["total"] - entry["working"]) / 2**20 == pytest.approx(1114, rel=0.05)
+
+
+def test_a_corpus_that_is_there_is_counted(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "text.jsonl", documents(200))
+    prefix = str(tmp_path / "pool")
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=prefix, tokenizer_type="bytes"), progress="none")
+    data = ("--data.train_prefix", prefix, "--data.validation_prefix", prefix, "--data.test_prefixes", f"[{prefix}]")
+    planned = plan("pythia_1b_c4", *data)
+    assert planned["not_ready"] == [] and planned["models"]["target"]["vocab_size"] < 300
+    found = planned["data"]
+    shards = [found["warmup"], *found["rounds"]]
+    assert found["is_there"] and sum(shard["tokens"] for shard in shards) == found["tokens"]
+    needed = 10000 * 512 * 1024
+    selected = round(0.2 * found["rounds"][0]["tokens"])
+    assert repetition_warnings(needed, selected, 4.0)[0] in planned["warnings"]
+    with pytest.raises(ValueError, match="found 200 units to choose from"):
+        plan("pythia_1b_c4", *data, "--rounds", "300")
+
+
+def test_a_corpus_may_be_given_by_its_tokens() -> None:
+    given = make_plan(config("pythia_1b_c4"), Machine(world_size=8), corpus_tokens=50_000_000, vocab_size=1000)
+    assert given["data"]["rounds"][0]["tokens"] == 10_000_000 and given["models"]["proxy"]["vocab_size"] == 1000
+    assert "raise selection.fraction" in given["warnings"][-1]
+    assert given["data"]["rounds"][0]["epochs"] == pytest.approx(5_242_880_000 / 2_000_000)
+    threshold = plan("pythia_1b_c4", "--selection.policy", "threshold")["data"]["rounds"][0]
+    assert threshold["selected_tokens"] is None and threshold["epochs"] is None
+
+
+@pytest.mark.parametrize(
+    "others, machine, message",
+    [
+        ((), {"world_size": 6, "device": "h100"}, "found pretraining.global_batch_size 512, expected a multiple of"),
+        (("--target.tensor_model_parallel_size", "3"), {}, "found 8 processes, expected a multiple of 3"),
+        (("--target.pipeline_model_parallel_size", "8", "--target.num_layers", "20"), {}, "target.num_layers=20"),
+        (("--bilevel.upper_iters", "0"), {}, "found bilevel.upper_iters 0, expected 1 or more"),
+        (("--pretraining.use_distributed_optimizer", "false"), {}, "found pretraining.overlap_param_gather without"),
+        (("--pretraining.optimizer.min_lr", "1"), {}, "found pretraining.optimizer.min_lr=1.0, expected at most"),
+        ((), {"mfu": 40.0}, "found --mfu 40.0, expected a share"),
+        ((), {"device": "h1000"}, "found --device 'h1000', expected cpu or one of"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(others: tuple, machine: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan("pythia_1b_c4", *others, **machine)
+
+
+def test_the_tool_prints_and_writes_a_plan(tmp_path: Path, capsys) -> None:
+    own = ["--world-size", "8", "--device", "h100 pcie", "--json", str(tmp_path / "plans" / "plan.json")]
+    assert tool.main([*own, *options("llama_0p5b_c4", "--rounds", "2")]) == 0
+    assert "8 ranks of h100 pcie: tensor 1 x pipeline 1 x data 8" in capsys.readouterr().out
+    written = json.loads((tmp_path / "plans" / "plan.json").read_text())
+    assert {one["round"] for one in written["stages"]} == {0, 1, 2}
+
+
+def test_a_wrong_option_ends_it_as_it_would_end_the_run(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(options("pythia_1b_c4", "--bilevel.upper_iterations", "3"))
+    planned = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_options(options("pythia_1b_c4", "--bilevel.upper_iterations", "3"))
+    assert ended.value.code == 2 and planned == capsys.readouterr().err != ""
+    command = [sys.executable, str(ROOT / "tools/plan.py"), *options("pythia_1b_c4", "--rounds", "0")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr == "plan.py: error: found rounds 0, expected at least 1\n"
+
+
+CUDA_BUILD_ON_A_LOGIN_NODE = """
+import sys
+import torch
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+import tools.plan
+try:
+    tools.plan.main(sys.argv[1:])
+except ValueError as error:
+    print(error, 'torch.utils.cpp_extension' in sys.modules)
+import megatron_bliss.plan, torch.utils.cpp_extension
+print(torch.utils.cpp_extension.CUDA_HOME)
+"""
+
+
+def test_a_toolkit_without_a_gpu_is_not_spoken_of(tmp_path: Path) -> None:
+    """Where ``nvcc`` is on the path but no GPU, torch's extension builder warns at its import."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", CUDA_BUILD_ON_A_LOGIN_NODE, *options("pythia_1b_c4", "--rounds", "0")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.stdout.splitlines() == ["found rounds 0, expected at least 1 False", str(tmp_path)], done.stderr
+    assert done.returncode == 0 and done.stderr == ""

@@ -1,0 +1,108 @@
+"""What a run selects: policies with what they need of the corpus, warnings, and shards by file."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from megatron_bliss.base.files import read_json
+from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.provenance import read_provenance
+from megatron_bliss.data.subset import write_subset
+from megatron_bliss.selection.choose import ARGUMENTS, LABELS, check_selection, choose_units, repetition_warnings
+from megatron_bliss.selection.policies import POLICIES
+from tests.data.corpora import documents, write_lines
+from tests.run.test_rounds import corpus, run, write_texts  # noqa: F401 - corpus is a fixture
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """A corpus of 60 documents in three domains."""
+    source = write_lines(tmp_path / "a.jsonl", documents(60))
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=str(tmp_path / "X"), tokenizer_type="bytes"))
+    return str(tmp_path / "X")
+
+
+def test_every_policy_can_be_chosen_and_is_recorded(pool):
+    assert set(POLICIES) == set(ARGUMENTS) == set(LABELS)
+    scores = np.random.default_rng(0).random(60).astype(np.float32)
+    for name in POLICIES:
+        shares = {"letter": 0.5} if name == "quotas" else {}
+        settings = SelectionConfig(policy=name, fraction=0.25, threshold=0.7, tokens=900, quotas=shares)
+        check_selection(settings)
+        ids, policy, label = choose_units(pool, scores, settings, seed=5)
+        assert (np.diff(ids) > 0).all() and 0 < len(ids) < 60 and "." not in label
+        assert policy["name"] == name and policy["seed"] == 5 and json.loads(json.dumps(policy)) == policy
+        assert policy.get("lowest_score_kept", policy.get("threshold")) == scores[ids].min()
+        np.testing.assert_array_equal(ids, choose_units(pool, scores, settings, seed=5)[0])
+
+
+def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
+    shard = write_subset(pool, np.arange(0, 60, 2), tmp_path, label="shard")
+    scores = np.zeros(30, dtype=np.float32)
+    ids, _, _ = choose_units(
+        shard, scores, SelectionConfig(policy="quotas", fraction=0.2, quotas={"river": 1.0}), seed=0
+    )
+    assert read_provenance(shard, ids).column("domain").to_pylist() == ["river"] * 6
+    lengths = IndexedCorpus(shard).lengths
+    excluded = np.flatnonzero(lengths > np.median(lengths))
+    settings = SelectionConfig(policy="token_budget", tokens=500)
+    ids, _, _ = choose_units(shard, scores, settings, seed=0, excluded=excluded)
+    assert lengths[ids].sum() <= 500 and not np.isin(ids, excluded).any()
+    with pytest.raises(ValueError, match="all 30 units of .* are excluded"):
+        choose_units(shard, scores, settings, seed=0, excluded=np.arange(30))
+    with pytest.raises(ValueError, match="excluded units 30 to 30, but .* has 0 to 29"):
+        choose_units(shard, scores, settings, seed=0, excluded=np.array([30]))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fraction": 0.0}, "selection.fraction 0.0"),
+        ({"temperature": 0.0}, "selection.temperature 0.0"),
+        ({"tokens": -1}, "selection.tokens -1"),
+        ({"epoch_warning": 0.0}, "selection.epoch_warning 0.0"),
+        ({"policy": "quotas"}, "expected quotas with the policy quotas"),
+        ({"quotas": {"a": 0.5}}, "with no other"),
+        ({"policy": "quotas", "quotas": {"a": 0.6, "b": 0.6}}, "sum to at most 1"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_selection(dataclasses.replace(SelectionConfig(), **changes))
+
+
+def test_repetition_is_warned_of():
+    assert repetition_warnings(4000, 1000, 4.0) == []
+    (warning,) = repetition_warnings(5000, 1000, 4.0)
+    assert "5,000 tokens of a selection that has 1,000: 5.0 epochs" in warning and "selection.fraction" in warning
+
+
+def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):  # noqa: F811 - the fixture
+    for number in range(3):
+        write_texts(tmp_path / f"part{number}.jsonl", 30 + 10 * number, number)
+    inputs = [str(tmp_path / f"part{number}.jsonl") for number in range(3)]
+    preprocess(
+        PreprocessSettings(
+            inputs=inputs, output_prefix=str(tmp_path / "pool"), tokenizer_type="bytes", unit="window", window_length=32
+        )
+    )
+    options = ["--data.train_prefix", str(tmp_path / "pool"), "--data.shard_by", "file", "--arms", "random"]
+    options += ["--selection.policy", "quotas", "--selection.quotas", "{words: 0.25, digits: 0.75}"]
+    options += ["--selection.fraction", "0.05", "--pretraining.train_iters", "24", "--rounds", "1"]
+    done = run(corpus, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    shards = read_json(tmp_path / "run/shards/done.json")["prefixes"]
+    files = [set(read_provenance(tmp_path / "run/shards" / shard).column("file").to_pylist()) for shard in shards]
+    assert not files[0] & files[1] and sum(map(len, files)) == 3
+    record = read_json(tmp_path / "run/random/round_01/select/done.json")
+    shares = record["domains"]["domain"]
+    assert shares["words"] == pytest.approx(0.25, abs=0.05) and "epochs" in record["warnings"][0]
+    assert f"warning: {record['warnings'][0]}" in done.stderr
+    manifest = read_manifest(tmp_path / "run/random/round_01/select" / record["prefix"])
+    assert manifest["policy"]["shares"] == {"words": 0.25, "digits": 0.75}
+    assert record["tokens"] == manifest["counts"]["tokens"]

@@ -1,0 +1,114 @@
+"""The decay branch leaves the main line alone, bit for bit, goes on after a kill, and ends at the lowest rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_bliss.base import checkpoint
+from megatron_bliss.base.metrics import MetricsLogger, read_metrics
+from megatron_bliss.config.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.target.decay_branch import train_decay_branch
+from megatron_bliss.target.log import MEASURED
+from tests.distributed import run_distributed
+from tests.target.test_segment import evaluator, written
+from tests.targets import NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_corpus, train
+
+CONFIG = replace(
+    PRETRAINING,
+    decay_branch_iters=4,
+    optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="constant", lr_warmup_iters=3),
+)
+
+
+def lines(folder: Path, groups) -> list[dict]:
+    kept = [entry for entry in read_metrics(folder / "metrics.jsonl")] if groups.is_main else []
+    return [{name: value for name, value in entry.items() if name not in ("time", *MEASURED)} for entry in kept]
+
+
+def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, **changes):
+    metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
+    options = {
+        "config": CONFIG,
+        "start": start,
+        "first_iteration": first,
+        "total_iterations": 12,
+        "folder": folder / "branch",
+        "evaluate": evaluator(groups),
+        "target_config": layout(),
+        "architecture": NEOX,
+        "groups": groups,
+        "platform": PlatformConfig(),
+        "data_prefix": prefix,
+        "seq_length": SEQ_LENGTH,
+        "seed": 77,
+        "save_interval": 2,
+        "metrics": metrics,
+        "log_interval": 1,
+        "arm": "random",
+        "round": 1,
+    }
+    try:
+        return train_decay_branch(**{**options, **changes})
+    finally:
+        metrics.close()
+
+
+def main_line(groups, prefix: str, folder: Path, with_branches: bool) -> list:
+    """Two segments of six iterations, with a branch after each or none."""
+    go = partial(train, groups, layout(), prefix, config=CONFIG, total_iterations=12, evaluate=evaluator(groups))
+    first, _ = go(folder / "first", iterations=6)
+    if with_branches:
+        branch(groups, prefix, folder / "one", first.checkpoint)
+    second, _ = go(folder / "second", start=first.checkpoint, first_iteration=6, iterations=12)
+    if with_branches:
+        branch(groups, prefix, folder / "two", second.checkpoint, 12)
+    logged = [lines(folder / name, groups) for name in ("first", "second")]
+    return [first.evaluations, second.evaluations, logged, written(second.checkpoint)]
+
+
+def compare_main_lines(rank: int, world_size: int, prefix: str, folder: str) -> tuple[bool, int]:
+    with grouped(layout()) as groups:
+        without = main_line(groups, prefix, Path(folder) / "without", False)
+        beside = main_line(groups, prefix, Path(folder) / "with", True)
+    return without == beside, len(without[2][1])
+
+
+def test_the_main_line_is_the_same_bit_for_bit_with_branches_and_without(tmp_path):
+    prefix = make_corpus(tmp_path / "corpus")
+    (tmp_path / "one").mkdir()
+    (same, logged) = compare_main_lines(0, 1, prefix, str(tmp_path / "one"))
+    assert same and logged >= 6
+    outcomes = run_distributed(compare_main_lines, 2, prefix, str(tmp_path))
+    assert [same for same, _ in outcomes] == [True, True] and outcomes[0][1] >= 6
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_branch_falls_to_the_lowest_rate_and_goes_on_after_a_kill(tmp_path):
+    prefix = make_corpus(tmp_path / "corpus")
+
+    def die(target) -> dict:
+        raise Killed
+
+    with grouped(layout()) as groups:
+        start = train(groups, layout(), prefix, tmp_path / "main", config=CONFIG, iterations=6)[0].checkpoint
+        whole = branch(groups, prefix, tmp_path / "whole", start)
+        with pytest.raises(Killed):
+            branch(groups, prefix, tmp_path / "killed", start, evaluate=die)
+        assert checkpoint.latest(tmp_path / "killed" / "branch").name == "step_00000008"
+        resumed = branch(groups, prefix, tmp_path / "killed", start)
+        logged, logged_again = lines(tmp_path / "whole", groups), lines(tmp_path / "killed", groups)
+        other_order = branch(groups, prefix, tmp_path / "other", start, seed=78)
+    rates = [entry["lr"] for entry in logged if "lr" in entry]
+    assert rates == pytest.approx([1e-2 - 9e-3 * k / 4 for k in range(4)])
+    assert {entry["stage"] for entry in logged} == {"decay_branch"}
+    assert logged == logged_again and whole.evaluations == resumed.evaluations
+    assert [point[0] for point in whole.evaluations] == [10]
+    assert other_order.evaluations != whole.evaluations
+    assert whole.flops > 0 and whole.checkpoint == tmp_path / "whole" / "branch" / "step_00000010"

@@ -1,0 +1,399 @@
+"""The target's training: the same curve at every parallel layout, and after a kill; clear errors."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bliss.base import checkpoint
+from megatron_bliss.base.parallel import barrier
+from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, TargetConfig
+from megatron_bliss.target.checkpoint import save_target
+from megatron_bliss.target.log import MEASURED
+from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.segment import evaluate_loss, load_target
+from megatron_bliss.target.trainer import kernel_name, squared_norm
+from tests.distributed import run_distributed
+from tests.targets import (
+    LLAMA,
+    NEOX,
+    PRETRAINING,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    make_batches,
+    make_corpus,
+    make_target,
+    train,
+)
+
+TIMES = ("time", *MEASURED)
+STEPS = int(os.environ.get("CURVE_STEPS", "20"))
+"""Iterations of the curves that are compared over layouts: CURVE_STEPS=50 pytest ... for longer ones."""
+
+
+def curve(entries: list[dict], name: str) -> np.ndarray:
+    return np.array([entry[name] for entry in entries if name in entry])
+
+
+def evaluator(groups):
+    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
+
+
+def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
+    """Train each (options of the target, architecture, options of the training) and evaluate it."""
+    outcomes = []
+    for number, (target, architecture, training) in enumerate(cases):
+        config = TargetConfig(**target)
+        with grouped(config) as groups:
+            result, entries = train(
+                groups,
+                config,
+                prefix,
+                Path(folder) / f"layout{world_size}_{number}",
+                architecture=architecture,
+                config=replace(PRETRAINING, **training),
+                evaluate=evaluator(groups),
+                save_interval=1000,
+                iterations=STEPS,
+            )
+            losses = [losses["held_out"] for _, _, losses in result.evaluations]
+        outcomes.append((curve(entries, "loss"), curve(entries, "grad_norm"), losses))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def single(prefix, tmp_path_factory) -> dict:
+    """One process: the curves that every layout has to give."""
+    folder = str(tmp_path_factory.mktemp("single"))
+    outcomes = run_layouts(0, 1, prefix, folder, [({}, NEOX_4, {}), ({}, LLAMA_4, {}), *RECOMPUTED])
+    compare(dict(zip((NEOX_4, LLAMA_4), outcomes[:2], strict=True)), RECOMPUTED, [outcomes[2:]])
+    return dict(zip((NEOX_4, LLAMA_4), outcomes[:2], strict=True))
+
+
+NEOX_4, LLAMA_4 = replace(NEOX, num_layers=4), replace(LLAMA, num_layers=4)  # enough for two chunks on two ranks
+TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SEQUENCE, INTERLEAVED = {**TENSOR, "sequence_parallel": True}, {**PIPELINE, "virtual_pipeline_model_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+REPLICATED = {"use_distributed_optimizer": False}
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTED = [(FULL, NEOX_4, {}), (BLOCK, LLAMA_4, {}), (SELECTIVE, NEOX_4, {}), (SELECTIVE, LLAMA_4, {})]
+
+
+def compare(single: dict, cases: list[tuple], ranks: list[list[tuple]]) -> None:
+    for case, (loss, grad_norm, losses) in zip(cases, ranks[0], strict=True):
+        expected_loss, expected_norm, expected_losses = single[case[1]]
+        assert len(loss) == STEPS
+        np.testing.assert_allclose(loss, expected_loss, atol=1e-4, rtol=0, err_msg=str(case))
+        np.testing.assert_allclose(grad_norm, expected_norm, rtol=1e-4, err_msg=str(case))
+        np.testing.assert_allclose(losses, expected_losses, atol=1e-4, rtol=0, err_msg=str(case))
+    for outcomes in ranks[1:]:  # evaluations are the same numbers on every rank
+        assert [outcome[2] for outcome in outcomes] == [outcome[2] for outcome in ranks[0]]
+
+
+def test_one_process_learns(single):
+    for loss, _, losses in single.values():
+        assert loss[0] == pytest.approx(math.log(VOCAB_SIZE), abs=0.2)
+        assert loss[-1] < loss[0] - 0.5
+        assert len(losses) == STEPS // 7 + (STEPS % 7 > 0)  # every 7 iterations, and at the end
+
+
+def test_two_ranks_give_the_single_process_curve(single, prefix, tmp_path):
+    cases = [
+        (TENSOR, LLAMA_4, {}),
+        ({**SEQUENCE, **FULL}, NEOX_4, {}),
+        ({**SEQUENCE, **SELECTIVE}, LLAMA_4, REPLICATED),
+        (PIPELINE, NEOX_4, {}),
+        (INTERLEAVED, LLAMA_4, {}),
+        ({**INTERLEAVED, **FULL, "recompute_num_layers": 1}, NEOX_4, REPLICATED),
+        ({}, NEOX_4, OVERLAPPED),
+        ({}, LLAMA_4, {**REPLICATED, "overlap_grad_reduce": True}),
+        ({}, NEOX_4, {}),
+    ]
+    compare(single, cases, run_distributed(run_layouts, 2, prefix, str(tmp_path), cases))
+
+
+def test_four_ranks_give_the_single_process_curve(single, prefix, tmp_path):
+    cases = [
+        ({**TENSOR, **PIPELINE}, NEOX_4, {}),
+        ({**SEQUENCE, **INTERLEAVED, **SELECTIVE}, LLAMA_4, {}),
+        (INTERLEAVED, NEOX_4, OVERLAPPED),
+    ]
+    compare(single, cases, run_distributed(run_layouts, 4, prefix, str(tmp_path), cases))
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(iteration: int, groups):
+    """An evaluation that stops the run, as a kill would, at one iteration."""
+    measure, seen = evaluator(groups), []
+
+    def evaluate(target):
+        seen.append(None)
+        if 7 * len(seen) == iteration:
+            raise Killed
+        return measure(target)
+
+    return evaluate
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+
+
+def interrupt_and_resume(
+    rank: int, world_size: int, prefix: str, folder: str, config, platform, changes: dict | None = None
+) -> tuple:
+    """(uninterrupted, resumed) evaluations and metrics, and whether the saved states are the same bits."""
+    runs = []
+    with grouped(config, platform) as groups:
+        for name in ("whole", "killed"):
+            start = partial(train, groups, config, prefix, Path(folder) / name, platform=platform, log_interval=3)
+            start = partial(start, **changes or {})
+            if name == "killed":
+                with pytest.raises(Killed):
+                    start(evaluate=kill_at(14, groups))
+                path = checkpoint.latest(Path(folder) / name / "segment")
+                assert path.name == "step_00000010"
+                barrier(groups)  # so that no rank looks while the next lines write
+                if groups.is_main:  # what a kill in the middle of a save leaves, under both names it may have
+                    shutil.copytree(path, path.parent / ".step_00000015.tmp")
+                    shutil.copytree(path, path.parent / "step_00000015")
+                    (path.parent / "step_00000015" / "manifest.json").unlink()
+            runs.append(start(evaluate=evaluator(groups)))
+        (whole, whole_entries), (resumed, resumed_entries) = runs
+        same = len({written(result.checkpoint) for result in (whole, resumed)}) == 1
+        leftovers = sorted(path.name for path in resumed.checkpoint.parent.glob(".*"))
+    return whole.evaluations, resumed.evaluations, whole_entries, resumed_entries, same, leftovers
+
+
+def written(path: Path) -> tuple[str, ...]:
+    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
+    files = checkpoint.read_manifest(path)["files"]
+    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
+
+
+def check_resumed(outcome: tuple) -> None:
+    whole, resumed, whole_entries, resumed_entries, same, leftovers = outcome
+    assert whole == resumed and len(whole) == 3
+    assert without_times(whole_entries) == without_times(resumed_entries)
+    assert same
+    assert leftovers == []
+
+
+def test_a_killed_run_goes_on_bit_for_bit(prefix, tmp_path):
+    check_resumed(interrupt_and_resume(0, 1, prefix, str(tmp_path), layout(), PlatformConfig()))
+
+
+def resume_cases(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
+    return [
+        interrupt_and_resume(rank, world_size, prefix, str(Path(folder) / str(number)), *case)
+        for number, case in enumerate(cases)
+    ]
+
+
+def test_killed_runs_on_two_ranks_go_on_bit_for_bit(prefix, tmp_path):
+    """bf16 over data-parallel ranks whose weights are gathered late, and an interleaved pipeline."""
+    cases = [
+        (layout(), PlatformConfig(params_dtype="bf16"), {"config": replace(PRETRAINING, **OVERLAPPED)}),
+        (TargetConfig(**INTERLEAVED), PlatformConfig(), {"architecture": LLAMA_4}),
+    ]
+    ranks = run_distributed(resume_cases, 2, prefix, str(tmp_path), cases)
+    for number, outcome in enumerate(ranks[0]):
+        check_resumed(outcome)
+        assert all(rank[number][4] for rank in ranks)
+
+
+def test_a_gradients_norm_does_not_depend_on_its_size():
+    """torch's fp32 norm of so many elements is 1e-3 off, megatron-core's for an embedding's few large rows 4e-4."""
+    gradient = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    gradient[::100_000] = 1000.0
+    exact = gradient.double().square().sum().item()
+    assert squared_norm(gradient).dtype == torch.float64
+    assert squared_norm(gradient).item() == pytest.approx(exact, rel=5e-6)
+    assert squared_norm(gradient.view(-1, 1)[: 2 * 10**6].view(1000, -1).t()).item() == pytest.approx(
+        gradient[: 2 * 10**6].double().square().sum().item(), rel=5e-6
+    )
+    gradient[-1] = torch.nan
+    assert math.isnan(squared_norm(gradient).item())
+
+
+def test_kernels_are_named():
+    class FusedAdam(torch.optim.AdamW):
+        __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
+
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert kernel_name(torch.optim.AdamW(weights)) == "torch AdamW"
+    assert kernel_name(torch.optim.AdamW(weights, fused=True)) == "torch AdamW (fused)"
+    assert kernel_name(FusedAdam(weights)) == "transformer_engine FusedAdam"
+
+
+def test_a_finished_segment_is_not_trained_again(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        first, entries = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
+        again, entries_again = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
+    assert again.evaluations == first.evaluations and entries_again == entries
+    assert again.tokens == 6 * 8 * SEQ_LENGTH == first.tokens and again.flops == first.flops > 0
+
+
+def test_segments_follow_each_other(prefix, tmp_path):
+    """Warm-up and a second segment on the same schedule; the second one's data begin anew."""
+    with grouped(layout()) as groups:
+        warmup, _ = train(groups, layout(), prefix, tmp_path / "a", iterations=6, total_iterations=12)
+        go_on = partial(train, groups, layout(), prefix, start=warmup.checkpoint, first_iteration=6, iterations=12)
+        second, entries = go_on(tmp_path / "b", evaluate=evaluator(groups))
+        twin, twin_entries = go_on(tmp_path / "c", evaluate=evaluator(groups))
+        with pytest.raises(ValueError, match="found iteration 6 in checkpoint .*, expected 7"):
+            train(groups, layout(), prefix, tmp_path / "d", start=warmup.checkpoint, first_iteration=7, iterations=12)
+        target = load_target(
+            second.checkpoint,
+            target_config=layout(),
+            architecture=NEOX,
+            groups=groups,
+            platform=PlatformConfig(),
+            seq_length=SEQ_LENGTH,
+        )
+        loss = evaluate_loss(target, make_batches(), groups)
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 7))
+    assert curve(entries, "lr")[0] < 1e-2 and curve(entries, "lr")[-1] < curve(entries, "lr")[0]  # cosine, not warm-up
+    assert second.evaluations[-1] == [12, 12 * 8 * SEQ_LENGTH, {"held_out": loss}]
+    assert twin.evaluations == second.evaluations  # two segments of one process share nothing
+    assert without_times(twin_entries) == without_times(entries)
+
+
+def test_evaluate_loss_is_the_mean_over_labelled_tokens():
+    with grouped(layout()) as groups:
+        target = make_target(layout(), groups)
+        total, count = 0.0, 0
+        for batch in make_batches():
+            hidden_states = last_hidden_states(target, batch.tokens, groups).double()
+            weight = output_weight(target, groups, VOCAB_SIZE).double()
+            log_p = (hidden_states @ weight.t())[:, :-1].log_softmax(-1)
+            of_labels = log_p.gather(-1, batch.tokens[:, 1:, None])[..., 0][batch.label_mask[:, 1:]]
+            total, count = total - of_labels.sum().item(), count + of_labels.numel()
+        assert evaluate_loss(target, make_batches(), groups) == pytest.approx(total / count, abs=1e-6)
+        unlabelled = [replace(batch, label_mask=torch.zeros_like(batch.label_mask)) for batch in make_batches()]
+        with pytest.raises(ValueError, match="no labelled token"):
+            evaluate_loss(target, unlabelled, groups)
+
+
+def diverge(rank: int, world_size: int, prefix: str, folder: str) -> tuple[str, bool]:
+    config = layout(tensor=world_size)
+    training = replace(PRETRAINING, optimizer=OptimizerConfig(lr=1e30, clip_grad=0.0))
+    with grouped(config) as groups, pytest.raises(RuntimeError) as error:
+        train(groups, config, prefix, Path(folder) / "run", config=training)
+    return str(error.value), checkpoint.latest(Path(folder) / "run" / "segment") is None
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(prefix, tmp_path):
+    outcomes = run_distributed(diverge, 2, prefix, str(tmp_path))
+    for message, nothing_saved in outcomes:
+        assert "expected finite numbers" in message and "pretraining.optimizer.lr" in message
+        assert nothing_saved
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config": replace(PRETRAINING, global_batch_size=7)}, r"global_batch_size=7, expected a multiple of 2"),
+        ({"first_iteration": 20}, "from iteration 20 to 20"),
+        ({"seq_length": 10**6}, r"tokens in .*, expected more than data.seq_length=1000000"),
+        (
+            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_warmup_iters=20))},
+            "lr_warmup_iters=20, expected less than the run's 20",
+        ),
+        (
+            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_decay_style="WSD"))},
+            "lr_wsd_decay_iters=0 with lr_decay_style=WSD, expected 1 to 17",
+        ),
+        ({"config": replace(PRETRAINING, overlap_param_gather=True)}, "overlap_param_gather without"),
+        ({"config": replace(PRETRAINING, loss_spike_factor=0.5)}, "loss_spike_factor=0.5, expected more than 1"),
+        ({"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, min_lr=1.0))}, "min_lr=1.0"),
+        ({"architecture": replace(NEOX, vocab_size=50)}, "found token id [5-9][0-9] in .*, expected ids below"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(prefix, tmp_path, changes, message):
+    with grouped(layout()) as groups, pytest.raises(ValueError, match=message):
+        train(groups, layout(), prefix, tmp_path, **changes)
+
+
+def test_another_index_under_the_same_name_is_noticed(tmp_path):
+    """megatron-core's cache key does not look inside the index."""
+    prefix = make_corpus(tmp_path / "corpus", seed=1)
+    with grouped(layout()) as groups:
+        train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+        make_corpus(tmp_path / "corpus", seed=2)
+        with pytest.raises(ValueError, match="another index"):
+            train(groups, layout(), prefix, tmp_path / "run", iterations=9)
+        shutil.rmtree(tmp_path / "run" / "segment" / "step_00000005")
+        _, fresh = train(groups, layout(), prefix, tmp_path / "other", iterations=5, total_iterations=9)
+        _, rebuilt = train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+    assert without_times(rebuilt) == without_times(fresh)
+
+
+def test_training_starts_from_a_checkpoint_of_weights_alone(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        path = save_target(tmp_path / "weights", 0, make_target(layout(), groups, seed=7), groups, shared={})
+        found, _ = train(groups, layout(), prefix, tmp_path / "from", start=path, iterations=4)
+        expected, _ = train(groups, layout(), prefix, tmp_path / "drawn", init_seed=7, iterations=4)
+        assert written(found.checkpoint) == written(expected.checkpoint)
+
+
+def test_another_padding_of_the_vocabulary_is_the_same_model(prefix, tmp_path):
+    """128 rows, 104 and 128 again: padding is zero and is trained by nobody."""
+    with grouped(layout()) as groups:
+        train(groups, layout(), prefix, tmp_path / "whole", iterations=6)
+        for name, divisible_by, last in (("mixed", 128, 2), ("mixed", 8, 4), ("mixed", 128, 6)):
+            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
+            options = {"iterations": last, "total_iterations": 6}
+            mixed, _ = train(groups, config, prefix, tmp_path / name, **options)
+        whole = checkpoint.latest(tmp_path / "whole" / "segment")
+        losses = []
+        for path, divisible_by in ((whole, 128), (mixed.checkpoint, 128), (mixed.checkpoint, 4)):
+            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
+            options = {"architecture": NEOX, "platform": PlatformConfig(), "seq_length": SEQ_LENGTH}
+            target = load_target(path, target_config=config, groups=groups, **options)
+            losses.append(evaluate_loss(target, make_batches(), groups))
+    np.testing.assert_allclose(losses, losses[0], rtol=0, atol=1e-5)
+
+
+def test_an_fp32_checkpoint_goes_on_in_bf16(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        whole, _ = train(groups, layout(), prefix, tmp_path / "whole", evaluate=evaluator(groups), iterations=8)
+        for platform, last in ((PlatformConfig(), 4), (PlatformConfig(params_dtype="bf16"), 8)):
+            options = {"platform": platform, "evaluate": evaluator(groups), "total_iterations": 8}
+            mixed, _ = train(groups, layout(), prefix, tmp_path / "mixed", iterations=last, **options)
+    assert mixed.evaluations[-1][2]["held_out"] == pytest.approx(whole.evaluations[-1][2]["held_out"], abs=0.03)
+
+
+def test_other_sizes_than_the_checkpoint_are_refused(prefix, tmp_path):
+    with grouped(layout()) as groups:
+        train(groups, layout(), prefix, tmp_path, iterations=4)
+        loading = partial(train, groups, layout(), prefix, tmp_path, iterations=5)
+        changes = {
+            r"found decoder.layers.0.mlp.linear_fc1.bias of shape \(64,\)": {"ffn_hidden_size": 128},
+            r"found decoder.layers.2.input_layernorm.bias of shape None in .*, expected \(32,\)": {"num_layers": 3},
+            r"found decoder.layers.1.input_layernorm.bias of shape \(32,\) in .*, expected None": {"num_layers": 1},
+            r"found a vocabulary of 100 tokens in checkpoint .*, expected 101": {"vocab_size": 101},
+        }
+        for message, change in changes.items():
+            with pytest.raises(ValueError, match=message):
+                loading(architecture=replace(NEOX, **change))
