@@ -19,7 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_bliss", "megatron_bliss.*"]),
-    package_data={"megatron_bliss": ["*.css"], "megatron_bliss.evaluation": ["task_definitions/*.yaml"]},
+    package_data={"megatron_bliss.report": ["*.css"], "megatron_bliss.evaluation": ["task_definitions/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.17",

@@ -62,7 +62,7 @@ def groups() -> Iterator[Groups]:
 
 @contextlib.contextmanager
 def on_claimed(groups: Groups) -> Iterator[Groups]:
-    """The ranks as on a GPU machine, where platform.py leaves megatron-core's ``device="cuda"`` alone."""
+    """The ranks as on a GPU machine, where base/platform.py leaves megatron-core's ``device="cuda"`` alone."""
     with claimed_cuda() as device, contextlib.ExitStack() as stack:
         for module in (utils, clip_grads, optimizer, schedules):
             stack.enter_context(mock.patch.object(module, "torch", torch))

@@ -3,7 +3,7 @@
 A state is a nest of dicts and lists with tensors, numbers, strings and None. One file holds one state
 (``save_state``). A checkpoint is a folder ``step_00000100/`` that appears under its name only when every rank's file
 in it is on disk; its ``manifest.json`` has the size and SHA-256 of each. What lies in the target's is the business of
-``target_checkpoint.py``.
+target/checkpoint.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ apart           three matrices: Hugging Face's LLaMA
 ==============  =====================================================================================================
 
 All four models turn channel i of a head together with channel i + half ("rotate half"), so no rows are permuted.
-Vocabulary matrices have exactly ``vocab_size`` rows here: padding belongs to the target alone (target_weights.py).
+Vocabulary matrices have exactly ``vocab_size`` rows here: padding belongs to the target alone (target/weights.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What each stage takes on a device, for a plan: what is held between steps, what a step makes, and whether it fits.
 
-The target's training state is exact (models/target_memory.py); ``working`` memory is estimated from shapes. What CUDA,
+The target's training state is exact (target/memory.py); ``working`` memory is estimated from shapes. What CUDA,
 NCCL and the allocator's fragments take comes on top: ROOM is left for them.
 """
 

@@ -1,7 +1,7 @@
 """What a run will take, before it runs: FLOPs, tokens and time of every stage, memory of a rank, data and disk.
 
 Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the
-stages record when they are done, by the same functions (flops.py), where the corpus is there; time is those numbers
+stages record when they are done, by the same functions (models/flops.py), where the corpus is there; time is those numbers
 over what the devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
 """
 

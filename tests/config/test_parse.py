@@ -20,7 +20,7 @@ from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.run.checks import check, check_layout, parse_arguments
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*/config.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*/config.yaml"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a plan says follows from the options alone; that it comes true is tested in test_rounds.py and
+"""What a plan says follows from the options alone; that it comes true is tested in run/test_rounds.py and
 models/test_target_memory.py."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_bliss.target.throughput import PEAK_TFLOPS
 from tests.data.corpora import documents, write_lines
 from tools import plan as tool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config.yaml"))
 RANKS = {"quickstart": 2, "web_text": 2}
 

@@ -242,7 +242,7 @@ def test_damaged_pieces_are_named_and_the_rest_is_shown(tmp_path):
 
 def test_command_writes_the_page_and_refuses_a_wrong_folder(tmp_path):
     write_config(tmp_path)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command, environment = [sys.executable, str(root / "tools/report.py")], os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(tmp_path / "report.html")

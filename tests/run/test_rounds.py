@@ -24,7 +24,7 @@ from megatron_bliss.report.summary import read_stages
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.target.log import MEASURED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "that", "ran", "to", "red", "houses"]
 
 

@@ -1,4 +1,4 @@
-"""An export on tasks from the command line; targets and proxies of a run are in test_rounds.py."""
+"""An export on tasks from the command line; targets and proxies of a run are in run/test_rounds.py."""
 
 import json
 
