@@ -1,4 +1,4 @@
-"""Selection methods to compare with: each gives a shard scores as selection/scoring.py does, so selection is the same."""
+"""Arms to compare with: each gives a shard scores as selection/score_pass.py does, so selection is the same."""
 
 from megatron_bliss.arms.dsir import dsir_scores
 from megatron_bliss.arms.inputs import Inputs, Scores
