@@ -37,7 +37,7 @@ class DataConfig:
     test_prefixes: list[str] = field(default_factory=list)
     """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
     split: str = "1,0,0"
-    """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the validation set where
+    """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the guide where
     validation_prefix is empty, the held-out set where test_prefixes is empty; such as 949,50,1."""
     blend_prefixes: list[str] = field(default_factory=list)
     """Other corpora that the target trains on beside the warm-up's shard and every selection."""
