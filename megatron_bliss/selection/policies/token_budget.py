@@ -74,5 +74,5 @@ POLICY = Policy(
     required=("tokens",),
     check=check,
     in_a_run=lambda settings, round_tokens: replace(settings, tokens=settings.tokens or round_tokens),
-    share=lambda settings, tokens: min(1.0, settings.tokens / tokens),
+    share=lambda settings, tokens: min(1.0, settings.tokens / max(1, tokens)),
 )
