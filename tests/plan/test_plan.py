@@ -208,7 +208,7 @@ try:
 except ValueError as error:
     print(error, 'torch.utils.cpp_extension' in sys.modules)
 import torch.utils.cpp_extension as builder
-torch.cuda._is_compiled = lambda: True
+torch.cuda._is_compiled, torch.version.cuda = lambda: True, '13.0'
 importlib.reload(builder)
 print(builder.CUDA_HOME)
 """
