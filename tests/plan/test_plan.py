@@ -208,7 +208,8 @@ try:
 except ValueError as error:
     print(error, 'torch.utils.cpp_extension' in sys.modules)
 import torch.utils.cpp_extension as builder
-torch.cuda._is_compiled, torch.version.cuda = lambda: True, '13.0'
+torch.version.cuda = '13.0'
+torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
 importlib.reload(builder)
 print(builder.CUDA_HOME)
 """
