@@ -18,7 +18,7 @@ from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.base.parallel import barrier, failing_together
 from megatron_bliss.config.baselines import BaselinesConfig
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.selection.scoring import BLOCK_UNITS, gather_scores, score_blocks
+from megatron_bliss.selection.score_pass import BLOCK_UNITS, ScorePass, gather_scores, score_blocks
 
 SMOOTHING = 1e-8
 """Added to both distributions, as the paper's code does: a bucket that one of them lacks weighs heavily."""
@@ -36,15 +36,15 @@ def dsir_scores(config: BaselinesConfig, inputs: Inputs) -> Scores:
     log_ratio = log_ratios(reference, pool.cpu().numpy())
     blocks = inputs.folder / "blocks"
     with failing_together(groups):
-        score_blocks(
-            lambda ids: _log_weights(counter, source, ids, log_ratio),
-            len(source),
-            blocks,
-            rank=groups.rank,
-            world_size=groups.world_size,
+        how = ScorePass(
+            groups.rank,
+            groups.world_size,
+            groups.device,
+            inputs.micro_batch_size,
             show_progress=inputs.show_progress,
             description=f"{inputs.description} dsir",
         )
+        score_blocks(lambda ids: _log_weights(counter, source, ids, log_ratio), len(source), blocks, how)
     barrier(groups)
     if not groups.is_main:
         return Scores(None)

@@ -35,7 +35,7 @@ from megatron_bliss.data.batches import Batch, BatchSchedule, UnitDataset, rank_
 from megatron_bliss.models.flops import mates_flops
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.score import ScoreModel
-from megatron_bliss.selection.scoring import gather_scores, save_array, score_units
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, save_array, score_units
 from megatron_bliss.target.model import Target
 
 PROBES_PER_FILE = 16
@@ -58,17 +58,15 @@ def mates_scores(config: BaselinesConfig, inputs: Inputs) -> Scores:
     model, correlation = _influence_model(options, inputs, units, influences)
     blocks = inputs.folder / "blocks"
     with failing_together(groups):
-        score_units(
-            model,
-            inputs.source,
-            blocks,
-            micro_batch_size=inputs.micro_batch_size,
-            rank=groups.rank,
-            world_size=groups.world_size,
-            device=groups.device,
+        how = ScorePass(
+            groups.rank,
+            groups.world_size,
+            groups.device,
+            inputs.micro_batch_size,
             show_progress=inputs.show_progress,
             description=f"{inputs.description} mates",
         )
+        score_units(model, inputs.source, blocks, how)
     flops = _flops(options, inputs, model, units, reference)
     with failing_together(groups):  # by now every rank has written its blocks
         values = gather_scores(blocks, len(inputs.source)) if groups.is_main else None

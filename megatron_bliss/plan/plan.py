@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from megatron_bliss.base.parallel import check_world_size
 from megatron_bliss.config.config import Config, PlatformConfig
 from megatron_bliss.config.parse import ROUND_STAGES, arm_names, has_stage
-from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, scoring_flops, training_flops
+from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, score_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import memory_plan
@@ -168,7 +168,7 @@ def _scoring(
     can be."""
     units, tokens, length = corpus.units[number], corpus.tokens[number], config.data.seq_length
     if arm == "bliss":
-        return tokens, float(scoring_flops(tokens, proxy, length))
+        return tokens, float(score_flops(tokens, proxy, length))
     if arm != "mates":
         return 0, 0.0
     mates = config.baselines.mates

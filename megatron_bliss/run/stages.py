@@ -25,15 +25,15 @@ from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, scoring_flops
+from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, score_flops
 from megatron_bliss.models.loop import Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.run.corpora import guiding_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
-from megatron_bliss.selection.choose import choose_units, repetition_warnings
-from megatron_bliss.selection.scoring import gather_scores, save_array, score_units
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, save_array, score_units
+from megatron_bliss.selection.select import apply_policy, repetition_warnings
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -62,7 +62,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     score_model = _start_score_model(this, proxy)
     teacher = _teacher(this) if config.bilevel.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
-    validation = open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size)
+    validation = open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size)
     trainer = BilevelTrainer(
         config.bilevel,
         proxy,
@@ -124,24 +124,22 @@ def _score_by_model(this: Round, parts: Path, source: UnitDataset) -> Scores:
     model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
     model.to(DTYPES[config.scoring.params_dtype])
     with failing_together(groups):
-        score_units(
-            model,
-            source,
-            blocks,
-            micro_batch_size=config.scoring.micro_batch_size,
-            rank=groups.rank,
-            world_size=groups.world_size,
-            device=groups.device,
+        how = ScorePass(
+            groups.rank,
+            groups.world_size,
+            groups.device,
+            config.scoring.micro_batch_size,
             show_progress=session.show_progress,
             description=f"round {this.number} score",
         )
-    flops = scoring_flops(source.corpus.num_tokens, session.proxy_architecture, config.data.seq_length)
+        score_units(model, source, blocks, how)
+    flops = score_flops(source.corpus.num_tokens, session.proxy_architecture, config.data.seq_length)
     with failing_together(groups):  # by now every rank has written its blocks
         return Scores(gather_scores(blocks, len(source)) if groups.is_main else None, settings, flops)
 
 
 def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
-    """The arm's own method on the same shard and guiding set."""
+    """The arm's own method on the same shard and guide."""
     session, config, groups = this.session, this.session.config, this.session.groups
 
     def checkpoint_path() -> Path:  # asked for by methods that look at the target only
@@ -154,7 +152,7 @@ def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
 
     inputs = Inputs(
         source=source,
-        reference=open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size),
+        reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=this.seed("score"),
         folder=parts,
@@ -195,14 +193,13 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            selection = dataclasses.replace(config.selection, tokens=config.selection.tokens or round_tokens)
-            ids, policy, label = choose_units(prefix, scores, selection, seed=seed)
+            ids, policy, label = apply_policy(prefix, scores, config.selection, seed=seed, round_tokens=round_tokens)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
     counts = read_manifest(selected)["counts"]
-    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection.epoch_warning)
+    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {

@@ -15,10 +15,12 @@ import yaml
 from megatron_bliss.arms import BASELINES
 from megatron_bliss.config.baselines import BASELINE_NAMES
 from megatron_bliss.config.config import Config, DataConfig, ModelConfig
-from megatron_bliss.config.parse import dump_yaml, read_config
+from megatron_bliss.config.parse import dump_yaml, to_dict
+from megatron_bliss.config.settings import merged_settings
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.run.checks import check, check_layout, parse_arguments
+from megatron_bliss.run.options import TABLES, read_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*/config.yaml"))
 
@@ -57,6 +59,19 @@ def test_the_resolved_file_reads_back_the_same(options: list[str], tmp_path: Pat
     assert config.bilevel.proxy_optimizer.lr == 0.25
 
 
+def test_settings_of_choices_are_options_of_their_section(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"selection": {"policy": "gumbel", "temperature": 0.5, "fraction": 0.3}}))
+    config = parse_arguments([*options, "--config", str(path), "--selection.fraction", "0.4"])
+    assert config.selection.policy == "gumbel" and config.selection.epoch_warning == 4.0
+    assert config.selection.settings["temperature"] == 0.5 and config.selection.settings["fraction"] == 0.4
+    flat = to_dict(config)["selection"]
+    assert flat == {"policy": "gumbel", "epoch_warning": 4.0, **config.selection.settings}
+    assert flat.keys() == {"policy", "epoch_warning", *merged_settings(TABLES["selection.policy"])}
+    whole = parse_arguments([*options, "--selection", yaml.safe_dump(flat, default_flow_style=True)])
+    assert whole.selection == config.selection
+
+
 def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Path) -> None:
     unsized = [option for option in options if not option.startswith("--target")]
     config = parse_arguments([*unsized, f"--target.pretrained_checkpoint={tmp_path}"])
@@ -71,7 +86,16 @@ def test_every_example_file_is_understood(path: Path, options: list[str]) -> Non
     assert config.rounds >= 1 and config.data.seq_length > 0
 
 
-@pytest.mark.parametrize("wrong", ["--target.nonsense=1", "--rounds=many", "--bilevel.solver=magic"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--target.nonsense=1",
+        "--rounds=many",
+        "--bilevel.solver=magic",
+        "--selection.policy=luck",
+        "--selection.fractoin=1",
+    ],
+)
 def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         parse_arguments([*options, wrong])
@@ -145,10 +169,18 @@ def test_every_option_has_a_line_of_help(capsys) -> None:
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.default_factory):
             for option in dataclasses.fields(section.default_factory):
-                assert f"--{section.name}.{option.name}" in text
+                assert (f"--{section.name}.{option.name}" in text) == (option.name != "settings")
+    for option, table in TABLES.items():
+        for setting in merged_settings(table).values():
+            assert f"--{option.split('.')[0]}.{setting.name}" in text
+            assert "".join(setting.described().split()) in "".join(text.split())
 
 
 def test_options_are_read_without_loading_megatron_core() -> None:
-    code = "import sys, megatron_bliss.arguments; sys.exit('megatron.core' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = """import sys, megatron_bliss.run.checks as checks
+config = checks.parse_options(["--selection.policy=quotas", "--selection.quotas={prose: 0.5}"])
+assert config.selection.settings["quotas"] == {"prose": 0.5}
+sys.exit(", ".join({"torch", "megatron.core"} & sys.modules.keys()) or 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert set(BASELINE_NAMES) == set(BASELINES)
