@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 from megatron_bliss.config.baselines import BaselinesConfig
+from megatron_bliss.config.bounds import bounded
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class ScoreConfig:
 class BilevelConfig:
     """The bilevel stage: equations (1) to (7) of BLISS (arXiv 2510.06048)."""
 
-    upper_iters: int = 3000
+    upper_iters: int = bounded(3000, minimum=1)
     """Upper-level steps a round."""
     lower_iters: int = 1
     """T, lower-level steps of the proxy per upper-level step."""

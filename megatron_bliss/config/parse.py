@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
@@ -26,6 +27,7 @@ def parse_options(arguments: Sequence[str] | None) -> Config:
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(Config, as_group=False, fail_untyped=True)
+    _show_bounds(parser)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
     return Config(**vars(parser.instantiate(namespace)))
@@ -41,6 +43,14 @@ def has_stage(config: Config, arm: str, stage: str) -> bool:
     if stage == "decay_branch":
         return config.pretraining.decay_branch_iters > 0
     return stage != "bilevel" or arm == "bliss"
+
+
+def _show_bounds(parser: ArgumentParser) -> None:
+    """Put the bounds of each option behind its line of help."""
+    bounds = {name: bounds for name, _, bounds in bounded_fields(Config())}
+    for action in parser._actions:  # argparse has no public way to them
+        if action.dest in bounds:
+            action.help = f"{action.help} [{bounds[action.dest]}]"
 
 
 def to_dict(config: Config) -> dict:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_bliss.config.baselines import BASELINE_NAMES, FEWEST_PROBES, BaselinesConfig
+from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.config import Config, ProxyConfig, TargetConfig
 from megatron_bliss.config.parse import ROUND_STAGES, arm_names, parse_options
 from megatron_bliss.data.manifest import check_same_tokenizer
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
 
 def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
+    check_bounds(config)
     _check_run(config)
     _check_sizes(config)
     check_blend(config.data)
@@ -99,7 +101,6 @@ def _check_run(config: Config) -> None:
 def _check_sizes(config: Config) -> None:
     positive = {
         "data.seq_length": config.data.seq_length,
-        "bilevel.upper_iters": config.bilevel.upper_iters,
         "bilevel.lower_iters": config.bilevel.lower_iters,
         "bilevel.global_batch_size": config.bilevel.global_batch_size,
         "bilevel.solver_steps": config.bilevel.solver_steps,

@@ -149,6 +149,6 @@ def test_every_option_has_a_line_of_help(capsys) -> None:
 
 
 def test_options_are_read_without_loading_megatron_core() -> None:
-    code = "import sys, megatron_bliss.arguments; sys.exit('megatron.core' in sys.modules)"
+    code = "import sys, megatron_bliss.run.checks; sys.exit('megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert set(BASELINE_NAMES) == set(BASELINES)
