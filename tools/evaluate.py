@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_bliss.config.config import EvaluationConfig, PlatformConfig
 from megatron_bliss.evaluation.checks import check_files, check_installed
+from megatron_bliss.run.options import read_config
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,8 +53,8 @@ def evaluate(options: argparse.Namespace) -> None:
     kind = next(kind for kind in ("target", "proxy", "huggingface") if getattr(options, kind))
     path = getattr(options, kind)
     run = None if kind == "huggingface" else options.run or find_run(path)
-    wanted = Checkpoint(kind, path, run, options.tokenizer_model, options.max_length, options.batch_tokens)
-    config = wanted.config()
+    config = None if run is None else read_config(run / "config.yaml")
+    wanted = Checkpoint(kind, path, run, config, options.tokenizer_model, options.max_length, options.batch_tokens)
     recorded = config.evaluation if config else EvaluationConfig()
     asked = EvaluationConfig(
         tasks=options.tasks or recorded.tasks,

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from megatron_bliss.base.files import write_json
-from megatron_bliss.config.parse import parse_options
 from megatron_bliss.run.checks import check_options
+from megatron_bliss.run.options import parse_options
 from megatron_bliss.target.throughput import PEAK_TFLOPS
 
 

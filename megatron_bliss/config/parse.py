@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -15,39 +15,50 @@ from megatron_bliss.config.config import Config
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
 
 
-def read_config(path: Path | str) -> Config:
-    """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""
-    return parse_options(["--config", str(path)])
+@dataclass(frozen=True)
+class Section:
+    """Options that the records of a table bring along: ``--FIELD.NAME.OPTION`` is an option of record NAME."""
+
+    field: str
+    """Of Config: it becomes {record: its options}."""
+    settings: Mapping[str, type]
+    """{record: dataclass of its options}, without records that have none."""
+    chosen_by: str
+    """Option that names records."""
+    help: Mapping[str, str]
+    """{record: what it is, in a line}, for the help of that option."""
 
 
-def parse_options(arguments: Sequence[str] | None) -> Config:
-    """The same without the checks of what cannot work."""
+def parse_options(arguments: Sequence[str] | None, sections: Sequence[Section]) -> Config:
+    """Read the command line (``sys.argv`` where it is None); what cannot work together is not checked here."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(Config, as_group=False, fail_untyped=True)
-    _show_bounds(parser)
+    parser.add_class_arguments(Config, as_group=False, fail_untyped=True, skip={one.field for one in sections})
+    for section in sections:
+        for name, settings in section.settings.items():
+            parser.add_class_arguments(settings, f"{section.field}.{name}", fail_untyped=True)
+        _list_records(parser, section)
+    _show_bounds(parser, sections)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    return Config(**vars(parser.instantiate(namespace)))
+    options = vars(parser.instantiate(namespace))
+    return Config(**options | {one.field: dict(vars(options[one.field])) for one in sections if one.settings})
 
 
-def arm_names(config: Config) -> list[str]:
-    """The arms of a run in the order given."""
-    return [name.strip() for name in config.arms.split(",") if name.strip()]
+def _list_records(parser: ArgumentParser, section: Section) -> None:
+    """End the help of the option that names records with what they are."""
+    lines = "; ".join(f"{name}: {line}" for name, line in section.help.items())
+    for action in parser._actions:  # argparse has no public way to them
+        if action.dest == section.chosen_by:
+            action.help = f"{action.help} {lines}."
 
 
-def has_stage(config: Config, arm: str, stage: str) -> bool:
-    """Whether a round of this arm has this stage."""
-    if stage == "decay_branch":
-        return config.pretraining.decay_branch_iters > 0
-    return stage != "bilevel" or arm == "bliss"
-
-
-def _show_bounds(parser: ArgumentParser) -> None:
+def _show_bounds(parser: ArgumentParser, sections: Sequence[Section]) -> None:
     """Put the bounds of each option behind its line of help."""
-    bounds = {name: bounds for name, _, bounds in bounded_fields(Config())}
+    defaults = {one.field: {name: settings() for name, settings in one.settings.items()} for one in sections}
+    bounds = {name: bounds for name, _, bounds in bounded_fields(Config(**defaults))}
     for action in parser._actions:  # argparse has no public way to them
         if action.dest in bounds:
             action.help = f"{action.help} [{bounds[action.dest]}]"

@@ -12,7 +12,6 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import Config, TargetConfig
-from megatron_bliss.config.parse import read_config
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
@@ -29,19 +28,16 @@ class Checkpoint:
     kind: str
     path: Path
     run: Path | None = None
+    """Folder of the run that left the checkpoint, and its options; None for an export."""
+    config: Config | None = None
     tokenizer_model: str | None = None
     max_length: int | None = None
     batch_tokens: int = 16384
 
-    def config(self) -> Config | None:
-        """The config of the run that left the checkpoint; None for an export."""
-        return None if self.run is None else read_config(self.run / "config.yaml")
-
     @property
     def target(self) -> TargetConfig:
         """Parallel layout that it needs."""
-        config = self.config()
-        return config.target if config is not None and self.kind == "target" else TargetConfig()
+        return self.config.target if self.config is not None and self.kind == "target" else TargetConfig()
 
 
 def find_run(path: Path) -> Path:
@@ -66,7 +62,7 @@ def _vocabulary(wanted: Checkpoint) -> tuple[Tokenizer, int]:
 
 
 def _target(wanted: Checkpoint, groups: Groups) -> LM:
-    config = wanted.config()
+    config = wanted.config
     tokenizer, vocab_size = _vocabulary(wanted)
     architecture = resolve_architecture(config.target, vocab_size)
     target = load_target(
@@ -78,7 +74,7 @@ def _target(wanted: Checkpoint, groups: Groups) -> LM:
 
 
 def _proxy(wanted: Checkpoint, groups: Groups) -> LM:
-    config = wanted.config()
+    config = wanted.config
     tokenizer, vocab_size = _vocabulary(wanted)
     state = checkpoint.load_state(wanted.path)
     if "proxy" not in state:

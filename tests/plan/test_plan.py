@@ -13,12 +13,12 @@ import pytest
 
 from megatron_bliss.bilevel.memory import GIB, step_bytes
 from megatron_bliss.config.config import Config, ModelConfig
-from megatron_bliss.config.parse import parse_options
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.models.flops import bilevel_flops
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.plan.text import format_plan
+from megatron_bliss.run.options import parse_options
 from megatron_bliss.selection.choose import repetition_warnings
 from megatron_bliss.target.throughput import PEAK_TFLOPS
 from tests.data.corpora import documents, write_lines
