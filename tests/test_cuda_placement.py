@@ -38,7 +38,7 @@ from megatron_bliss.evaluation.request_cache import RequestCache
 from megatron_bliss.evaluation.scoring import score
 from megatron_bliss.evaluation.target_model import TargetBackbone
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.selection.scoring import gather_scores, score_units
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
 from megatron_bliss.target.checkpoint import load_target_and_optimizer, save_target
 from megatron_bliss.target.model import Target, build_target
 from megatron_bliss.target.segment import evaluate_loss
@@ -176,13 +176,13 @@ def test_scores_and_what_is_said_of_broken_ones(groups: Groups, tmp_path: Path) 
 
     def work(groups: Groups):
         model, folder = score_model(vocab=VOCABULARY, dtype=torch.float32), tmp_path / groups.device.type
-        options = {"rank": 0, "world_size": 1, "device": groups.device, "show_progress": False}
+        how = ScorePass(0, 1, groups.device, micro_batch_size=4)
         model = model.to(groups.device)
-        score_units(model, source, folder, micro_batch_size=4, **options)
+        score_units(model, source, folder, how)
         with torch.no_grad():
             model.head.bias.fill_(torch.nan)
         with pytest.raises(FloatingPointError, match="units.*3"):
-            score_units(model, source, folder / "broken", micro_batch_size=4, **options)
+            score_units(model, source, folder / "broken", how)
         scores = torch.tensor([0.0, torch.inf, 1.0], device=groups.device)
         ids = torch.tensor([7, 8, 9], device=groups.device)
         with pytest.raises(ValueError, match="unit 8: inf"):

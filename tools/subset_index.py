@@ -12,27 +12,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from megatron_bliss.base.files import read_json, sha256_file
 from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.settings import Setting, merged_settings
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.report.summary import align
-from megatron_bliss.selection.choose import check_selection, choose_units
-from megatron_bliss.selection.policies import COMBINATIONS, POLICIES, mean_score
+from megatron_bliss.selection.combine import COMBINATIONS, mean_score
+from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.select import apply_policy, check_selection
 
-NEEDED = {
-    "top_fraction": ["fraction"],
-    "threshold": ["threshold"],
-    "token_budget": ["tokens"],
-    "gumbel": ["fraction"],
-    "proportional": ["fraction"],
-    "quotas": ["fraction", "quotas"],
-}
-"""Policy -> options that it has no good default for."""
-SETTINGS = ("fraction", "threshold", "tokens", "temperature", "domain_field", "quotas")
+SHARES = dict[str, float]
+"""Settings of this type are given as NAME=SHARE words."""
 
 
 def read_scores(path: str, prefix: str) -> np.ndarray:
@@ -72,14 +67,24 @@ def read_excluded(item: str, prefix: str) -> np.ndarray:
     return ids
 
 
-def parse_quotas(entries: list[str] | None) -> dict[str, float] | None:
-    """{domain: share} of NAME=SHARE entries."""
-    if entries is None:
-        return None
+def parse_shares(setting: str, entries: list[str]) -> SHARES:
+    """{name: share} of NAME=SHARE entries."""
     try:
         return {name: float(share) for name, share in (entry.rsplit("=", 1) for entry in entries)}
     except ValueError as error:
-        raise ValueError(f"quotas {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --quotas") from error
+        raise ValueError(
+            f"{setting} {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --{setting}"
+        ) from error
+
+
+def flag(setting: Setting) -> dict:
+    """How argparse takes a setting of policies."""
+    required = any(setting.name in POLICIES[name].required for name in setting.choices)
+    text = setting.described() if required else f"{setting.described()} Default: {setting.default}"
+    text = text.replace("%", "%%")
+    if setting.type == SHARES:
+        return {"nargs": "+", "metavar": "NAME=SHARE", "help": text}
+    return {"type": setting.type if setting.type in (int, float, str) else yaml.safe_load, "help": text}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -89,13 +94,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--input-prefix", required=True, help="corpus or subset that was scored")
     add("--scores", required=True, nargs="+", help="scores.npy, with scores.json beside it; several are combined")
     add("--output-folder", required=True, help="folder for the subset; its name is made from its content")
-    add("--policy", choices=list(POLICIES), default="top_fraction", help="which units are kept")
-    add("--fraction", type=float, help="all policies but threshold and token_budget: share of units kept")
-    add("--threshold", type=float, help="threshold: lowest score kept")
-    add("--tokens", type=int, help="token_budget: most tokens kept")
-    add("--temperature", type=float, help="gumbel: units are drawn with probability ~ exp(score / this); default 1")
-    add("--domain-field", help="proportional, quotas: column of the provenance; default domain")
-    add("--quotas", nargs="+", metavar="NAME=SHARE", help="quotas: share of the selection per domain")
+    policies = "; ".join(f"{name}: {policy.help}" for name, policy in POLICIES.items())
+    add("--policy", choices=list(POLICIES), default="top_fraction", help=f"which units are kept. {policies}")
+    for name, setting in merged_settings(POLICIES).items():
+        add(f"--{name.replace('_', '-')}", **flag(setting))
     add(
         "--combine",
         choices=[*COMBINATIONS, "mean"],
@@ -108,23 +110,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def selection_settings(options: argparse.Namespace) -> SelectionConfig:
-    """The policy's section, from the command line."""
-    missing = [name for name in NEEDED[options.policy] if getattr(options, name) is None]
+def selection_options(options: argparse.Namespace) -> SelectionConfig:
+    """The section selection, from the command line."""
+    known = merged_settings(POLICIES)
+    given = {name: getattr(options, name) for name in known if getattr(options, name) is not None}
+    missing = [name for name in POLICIES[options.policy].required if name not in given]
     if missing:
         raise ValueError(f"policy {options.policy} needs --{missing[0].replace('_', '-')}")
-    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
-    given["quotas"] = parse_quotas(options.quotas) or {}
-    settings = SelectionConfig(policy=options.policy, **given)
-    check_selection(settings)
+    shares = {name: parse_shares(name, value) for name, value in given.items() if known[name].type == SHARES}
+    selection = SelectionConfig(policy=options.policy, settings=given | shares)
+    check_selection(selection)
     if len(options.scores) > 1 and not options.combine:
         raise ValueError(f"{len(options.scores)} score files, expected --combine {', '.join([*COMBINATIONS, 'mean'])}")
     if options.weights and options.combine != "mean":
         raise ValueError("--weights without --combine mean, expected both or none")
-    return settings
+    return selection
 
 
-def choose(options: argparse.Namespace, settings: SelectionConfig) -> tuple[np.ndarray, dict, str]:
+def select(options: argparse.Namespace, selection: SelectionConfig) -> tuple[np.ndarray, dict, str]:
     """The units that all score files together select, the policy for the manifest, and the label."""
     prefix = options.input_prefix
     excluded = [read_excluded(item, prefix) for item in options.exclude]
@@ -132,7 +135,7 @@ def choose(options: argparse.Namespace, settings: SelectionConfig) -> tuple[np.n
     scores = [read_scores(path, prefix) for path in options.scores]
     if options.combine == "mean":
         scores = [mean_score(scores, options.weights)]
-    chosen = [choose_units(prefix, one, settings, seed=options.seed, excluded=excluded) for one in scores]
+    chosen = [apply_policy(prefix, one, selection, seed=options.seed, excluded=excluded) for one in scores]
     ids, policy, label = chosen[0]
     if options.combine in COMBINATIONS:
         ids = COMBINATIONS[options.combine]([ids for ids, _, _ in chosen], len(scores[0]))
@@ -149,7 +152,7 @@ def choose(options: argparse.Namespace, settings: SelectionConfig) -> tuple[np.n
 
 def run(options: argparse.Namespace) -> str:
     """Make the subset; returns its prefix."""
-    ids, policy, label = choose(options, selection_settings(options))
+    ids, policy, label = select(options, selection_options(options))
     extra = {
         "scores": [{"file": os.path.basename(path), "sha256": sha256_file(path)} for path in options.scores],
         "excluded": options.exclude,

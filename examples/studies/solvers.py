@@ -53,10 +53,10 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pool with the units that are scored and whether each is of the wanted domain; the validation set."""
+    """The pool with the units that are scored and whether each is of the wanted domain; the guide."""
 
     pool: UnitDataset
-    validation: ValidationSet
+    guide: ValidationSet
     vocab_size: int
     units: np.ndarray
     wanted: np.ndarray
@@ -64,7 +64,7 @@ class Corpus:
     def schedules(self, batch_size: int, seed: int) -> tuple[BatchSchedule, BatchSchedule]:
         """Training and validation batches."""
         options = {"seed": seed, "rank": 0, "world_size": 1}
-        return BatchSchedule(self.pool, batch_size, **options), BatchSchedule(self.validation, batch_size, **options)
+        return BatchSchedule(self.pool, batch_size, **options), BatchSchedule(self.guide, batch_size, **options)
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data-folder", default="runs/quickstart-data", help="folder with pool and validation")
-    add("--domain", default="prose", help="the domain that the validation set is of")
+    add("--data-folder", default="runs/quickstart-data", help="folder with pool and guide (validation)")
+    add("--domain", default="prose", help="the domain that the guide is of")
     add("--arms", default=",".join(ARMS), help="comma-separated")
     add("--seeds", default="1,2,3", help="comma-separated")
     add("--upper-iters", type=int, default=120, help="upper steps of every arm")

@@ -21,7 +21,7 @@ class Shard:
     target: Architecture
     proxy: Architecture
     reference_tokens: Callable[[int], int]
-    """Samples of the guiding set -> their tokens."""
+    """Samples of the guide -> their tokens."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_bliss.arms.arm import Arm, Shard
 from megatron_bliss.arms.inputs import Inputs, Scores
-from megatron_bliss.models.flops import scoring_flops
+from megatron_bliss.models.flops import score_flops
 
 
 def scores(options: None, inputs: Inputs) -> Scores:
@@ -14,13 +14,13 @@ def scores(options: None, inputs: Inputs) -> Scores:
     model, settings = inputs.load_score_model()
     blocks = inputs.folder / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
     values = score_by_model(model, inputs, blocks, "score")
-    flops = scoring_flops(inputs.source.corpus.num_tokens, model.architecture, inputs.source.seq_length)
+    flops = score_flops(inputs.source.corpus.num_tokens, model.architecture, inputs.source.seq_length)
     return Scores(values, settings, flops)
 
 
 def work(options: None, shard: Shard) -> tuple[int, float]:
     """Every token of the shard, once."""
-    return shard.tokens, float(scoring_flops(shard.tokens, shard.proxy, shard.seq_length))
+    return shard.tokens, float(score_flops(shard.tokens, shard.proxy, shard.seq_length))
 
 
 ARM = Arm("a score model trained by bilevel optimisation", scores, paper="2510.06048", stages=("bilevel",), work=work)

@@ -35,9 +35,9 @@ def scores(options: DsirConfig, inputs: Inputs) -> Scores:
     import torch
     import torch.distributed as dist
 
-    from megatron_bliss.arms import ngrams
+    from megatron_bliss.arms import ngrams, reading
     from megatron_bliss.base.parallel import barrier, failing_together
-    from megatron_bliss.selection.scoring import gather_scores, score_blocks
+    from megatron_bliss.selection.score_pass import gather_scores, score_blocks
 
     groups, source = inputs.groups, inputs.source
     counter = ngrams.NgramBuckets(options.buckets, options.max_ngram, inputs.eod)
@@ -49,15 +49,8 @@ def scores(options: DsirConfig, inputs: Inputs) -> Scores:
     log_ratio = ngrams.log_ratios(reference, pool.cpu().numpy())
     blocks = inputs.folder / "blocks"
     with failing_together(groups):
-        score_blocks(
-            lambda ids: ngrams.log_weights(counter, source, ids, log_ratio),
-            len(source),
-            blocks,
-            rank=groups.rank,
-            world_size=groups.world_size,
-            show_progress=inputs.show_progress,
-            description=f"{inputs.description} dsir",
-        )
+        how = reading.shard_pass(inputs, "dsir")
+        score_blocks(lambda ids: ngrams.log_weights(counter, source, ids, log_ratio), len(source), blocks, how)
     barrier(groups)
     if not groups.is_main:
         return Scores(None)
@@ -67,6 +60,4 @@ def scores(options: DsirConfig, inputs: Inputs) -> Scores:
     return Scores((weights + noise * options.noise).astype(np.float32), settings)
 
 
-ARM = Arm(
-    "importance weights of hashed n-grams, reference against shard", scores, paper="2302.03169", settings=DsirConfig
-)
+ARM = Arm("importance weights of hashed n-grams, guide against shard", scores, paper="2302.03169", settings=DsirConfig)

@@ -26,7 +26,7 @@ class Inputs:
     """One round of one arm, on this rank.
 
     An arm is called on every rank. It scores all of ``source``, the round's shard, by what it learns from
-    ``reference``, the set that guides the selection.
+    ``reference``, the guide of the selection.
     """
 
     source: UnitDataset

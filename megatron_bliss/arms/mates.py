@@ -46,7 +46,7 @@ class MatesConfig:
     probe_units: int = bounded(10_000, minimum=FEWEST_PROBES)
     """Units of the shard whose influence is measured each round (all, where there are fewer); a tenth is held out."""
     reference_samples: int = bounded(256, minimum=1)
-    """Samples of the guiding set on which a probe's loss is measured (all, where there are fewer), drawn each round."""
+    """Samples of the guide on which a probe's loss is measured (all, where there are fewer), drawn each round."""
     micro_batch_size: int = bounded(16, minimum=1)
     """Reference samples of one forward pass of one replica of the target."""
     optimizer: Literal["adam", "sgd"] = "adam"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_bliss.data.batches import BatchSource, UnitDataset
-from megatron_bliss.selection.scoring import BLOCK_UNITS
+from megatron_bliss.selection.score_pass import BLOCK_UNITS
 
 SMOOTHING = 1e-8
 """Added to both distributions, as the paper's code does: a bucket that one of them lacks weighs heavily."""

@@ -27,7 +27,7 @@ from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base.metrics import Progress, progress
 from megatron_bliss.base.parallel import Groups, broadcast_object, failing_together
 from megatron_bliss.data.batches import Batch
-from megatron_bliss.selection.scoring import save_array
+from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
 from megatron_bliss.target.model import Target
 from megatron_bliss.target.segment import label_losses

@@ -33,11 +33,11 @@ class DataConfig:
     train_prefix: str = ""
     """Corpus to choose from: path without .bin/.idx, made by tools/preprocess_data.py."""
     validation_prefix: str = ""
-    """Validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
+    """The guide, validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
     test_prefixes: list[str] = field(default_factory=list)
     """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
     split: str = "1,0,0"
-    """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the validation set where
+    """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the guide where
     validation_prefix is empty, the held-out set where test_prefixes is empty; such as 949,50,1."""
     blend_prefixes: list[str] = field(default_factory=list)
     """Other corpora that the target trains on beside the warm-up's shard and every selection."""
@@ -238,23 +238,12 @@ class ScoringConfig:
 class SelectionConfig:
     """Which units of a scored shard the target trains on."""
 
-    policy: Literal["top_fraction", "threshold", "token_budget", "gumbel", "proportional", "quotas"] = "top_fraction"
-    """top_fraction: the best units; threshold: those above a score; token_budget: the best that fit; gumbel: a random
-    draw that favours the best; proportional: the best of each domain; quotas: the best under a given mixture."""
-    fraction: float = 0.2
-    """Share of units kept (all policies but threshold and token_budget)."""
-    threshold: float = 0.0
-    """threshold: lowest score kept."""
-    tokens: int = 0
-    """token_budget: most tokens kept (0, in a run: as many as the target trains on in one round)."""
-    temperature: float = 1.0
-    """gumbel: units are drawn with probability proportional to exp(score / temperature), without replacement."""
-    domain_field: str = "domain"
-    """proportional, quotas: column of the provenance that says which domain a unit is of."""
-    quotas: dict[str, float] = field(default_factory=dict)
-    """quotas: share of the selection per domain; the best units of all domains not named fill what is left."""
+    policy: str = "top_fraction"
+    """Which units are kept."""
     epoch_warning: float = 4.0
     """Warn when the target will see the tokens of a selection more often than this in one round."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the policies (selection/policies/), those not chosen among them: selection.fraction and others."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +361,7 @@ class Config:
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     baselines: dict[str, Any] = field(default_factory=dict)
-    """{arm: its options}, of arms that have some; which these are stands in the files of arms/."""
+    """Options of arms: a section for each that has some."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

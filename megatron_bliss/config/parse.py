@@ -1,63 +1,121 @@
-"""From the command line and YAML to a :class:`Config`: ``--config file.yaml`` first, single options over it."""
+"""From the command line and YAML to a :class:`Config`: ``--config file.yaml`` first, single options over it.
+
+Which choices there are, and so which options, is known in rooms above: they hand in their tables.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import field, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
+from megatron_bliss.config.settings import Choice, Setting, merged_settings, settings_of
 
 ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
 
+Tables = Mapping[str, Mapping[str, Choice]]
+"""Option that makes a choice → the records to choose from.
 
-@dataclass(frozen=True)
-class Section:
-    """Options that the records of a table bring along: ``--FIELD.NAME.OPTION`` is an option of record NAME."""
-
-    field: str
-    """Of Config: it becomes {record: its options}."""
-    settings: Mapping[str, type]
-    """{record: dataclass of its options}, without records that have none."""
-    chosen_by: str
-    """Option that names records."""
-    help: Mapping[str, str]
-    """{record: what it is, in a line}, for the help of that option."""
+A choice of one, such as "selection.policy": the option's section keeps the settings of all records in its field
+``settings``; to users, each setting is an option of the section like any other. A choice of several, such as "arms":
+the settings of each record are a section of their own."""
+SEVERAL = {"arms": "baselines"}
+"""Option that chooses several records → field of :class:`Config` that holds {record: its settings}."""
 
 
-def parse_options(arguments: Sequence[str] | None, sections: Sequence[Section]) -> Config:
-    """Read the command line (``sys.argv`` where it is None); what cannot work together is not checked here."""
+def read_config(path: Path | str, tables: Tables) -> Config:
+    """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""
+    return parse_options(["--config", str(path)], tables)
+
+
+def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
+    """The command line (``sys.argv`` for None) as a configuration, without the checks of what cannot work."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(Config, as_group=False, fail_untyped=True, skip={one.field for one in sections})
-    for section in sections:
-        for name, settings in section.settings.items():
-            parser.add_class_arguments(settings, f"{section.field}.{name}", fail_untyped=True)
-        _list_records(parser, section)
-    _show_bounds(parser, sections)
+    parser.add_class_arguments(_whole(tables), as_group=False, fail_untyped=True)
+    _show_bounds(parser, tables)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    options = vars(parser.instantiate(namespace))
-    return Config(**options | {one.field: dict(vars(options[one.field])) for one in sections if one.settings})
+    values, types = vars(parser.instantiate(namespace)), get_type_hints(Config)
+    gathered = {name: _gather(types[name], values[name]) for name in _choosing(tables)}
+    gathered |= {SEVERAL[option]: vars(values[SEVERAL[option]]) for option in tables if option in SEVERAL}
+    return Config(**(values | gathered))
 
 
-def _list_records(parser: ArgumentParser, section: Section) -> None:
-    """End the help of the option that names records with what they are."""
-    lines = "; ".join(f"{name}: {line}" for name, line in section.help.items())
-    for action in parser._actions:  # argparse has no public way to them
-        if action.dest == section.chosen_by:
-            action.help = f"{action.help} {lines}."
+def _choosing(tables: Tables) -> dict[str, str]:
+    """{section: its option that makes a choice}."""
+    return dict(option.split(".") for option in tables if option not in SEVERAL)
 
 
-def _show_bounds(parser: ArgumentParser, sections: Sequence[Section]) -> None:
+def _whole(tables: Tables) -> type:
+    """:class:`Config` as the command line shows it: a section with a choice has the settings of all its records."""
+    options = settings_of(Config)
+    for section, choice in _choosing(tables).items():
+        shown = _section_options(options[section].type, choice, tables[f"{section}.{choice}"])
+        options[section] = dataclasses.replace(options[section], type=shown, default=shown())
+    for option in SEVERAL.keys() & tables.keys():
+        options[option] = _with_records(options[option], tables[option])
+        section = options[SEVERAL[option]]
+        shown = dataclasses.make_dataclass(
+            SEVERAL[option],
+            [(name, settings, field(default_factory=settings)) for name, settings in _each(tables[option]).items()],
+            namespace={"__doc__": section.help},
+        )
+        options[section.name] = dataclasses.replace(section, type=shown, default=shown())
+    return _options_class(Config, options, {name: one.help for name, one in options.items()})
+
+
+def _section_options(section: type, choice: str, table: Mapping[str, Choice]) -> type:
+    own = {name: one for name, one in settings_of(section).items() if name != "settings"}
+    own[choice] = dataclasses.replace(_with_records(own[choice], table), type=Literal[tuple(table)])
+    merged = merged_settings(table)
+    texts = {name: one.help for name, one in own.items()} | {name: one.described() for name, one in merged.items()}
+    return _options_class(section, own | merged, texts)
+
+
+def _with_records(option: Setting, table: Mapping[str, Choice]) -> Setting:
+    """The option with what it chooses from at the end of its help."""
+    names = "; ".join(f"{name}: {record.help}" for name, record in table.items())
+    return dataclasses.replace(option, help=f"{option.help} {names}.")
+
+
+def _each(table: Mapping[str, Choice]) -> dict[str, type]:
+    """{record: its settings}, without those that have none."""
+    return {name: record.settings for name, record in table.items() if record.settings is not None}
+
+
+def _options_class(like: type, options: Mapping[str, Setting], texts: Mapping[str, str]) -> type:
+    """A dataclass with these fields; jsonargparse takes their lines of help from its docstring."""
+    lines = "\n".join(f"    {name}: {text}" for name, text in texts.items() if text)
+    return dataclasses.make_dataclass(
+        like.__name__,
+        [(one.name, one.type, field(default_factory=partial(copy.copy, one.default))) for one in options.values()],
+        namespace={"__doc__": f"{like.__doc__}\n\nArgs:\n{lines}\n"},
+    )
+
+
+def _gather(section: type, values: object) -> object:
+    """A section with the settings of choices in its field ``settings``."""
+    given = vars(values)
+    own = {one.name: given[one.name] for one in fields(section) if one.name in given}
+    return section(**own, settings={name: value for name, value in given.items() if name not in own})
+
+
+def _show_bounds(parser: ArgumentParser, tables: Tables) -> None:
     """Put the bounds of each option behind its line of help."""
-    defaults = {one.field: {name: settings() for name, settings in one.settings.items()} for one in sections}
+    sections = {SEVERAL[option]: _each(table) for option, table in tables.items() if option in SEVERAL}
+    defaults = {name: {key: settings() for key, settings in each.items()} for name, each in sections.items()}
     bounds = {name: bounds for name, _, bounds in bounded_fields(Config(**defaults))}
     for action in parser._actions:  # argparse has no public way to them
         if action.dest in bounds:
@@ -65,8 +123,14 @@ def _show_bounds(parser: ArgumentParser, sections: Sequence[Section]) -> None:
 
 
 def to_dict(config: Config) -> dict:
-    """The configuration as plain nested dicts."""
-    return dataclasses.asdict(config)
+    """The configuration as plain nested dicts; the settings of choices stand in their section."""
+    return {name: _flat(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _flat(section: object) -> object:
+    if not isinstance(section, dict) or "settings" not in section:
+        return section
+    return {name: value for name, value in section.items() if name != "settings"} | section["settings"]
 
 
 def dump_yaml(config: Config) -> str:

@@ -51,7 +51,7 @@ def check_sets(data: DataConfig) -> None:
     _, validation, test = parse_split(data.split)
     if not data.validation_prefix and not validation:
         raise ValueError(
-            "found no data.validation_prefix, expected the set that guides the selection: set it, or give the "
+            "found no data.validation_prefix, expected the guide of the selection: set it, or give the "
             "corpus's own part by data.split, such as 949,50,1"
         )
     if not data.test_prefixes and not test:

@@ -44,6 +44,6 @@ def bilevel_flops(config: BilevelConfig, proxy: Architecture, target: Architectu
     return config.upper_iters * step
 
 
-def scoring_flops(tokens: int, proxy: Architecture, seq_length: int) -> float:
+def score_flops(tokens: int, proxy: Architecture, seq_length: int) -> float:
     """One forward pass of the score model over a shard of ``tokens`` tokens."""
     return tokens * trunk_flops_per_token(proxy, seq_length)

@@ -16,7 +16,7 @@ from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.run.corpora import deal_units
 from megatron_bliss.run.order import round_stages
-from megatron_bliss.selection.choose import repetition_warnings
+from megatron_bliss.selection.select import kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
 
@@ -25,6 +25,8 @@ DEFAULT_VOCABULARY = 50304
 VIEW_BYTES = 28
 """A unit in a shard or subset: length, pointer and document in the index (20), and its number in the corpus (8)."""
 SCORE_BYTES = 4
+ASSUMED_SHARE = 0.2
+"""Of a shard that a selection keeps, where the scores decide: the paper's."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def plan_corpus(config: Config, corpus_tokens: int | None) -> Corpus:
         return Corpus([len(ids) for ids in dealt], tokens, counts["units"], counts["tokens"], True)
     share = parse_split(config.data.split)[0]
     if corpus_tokens is None:
-        shard = int(round_tokens(config) / config.selection.fraction)
+        shard = int(round_tokens(config) / _assumed_share(config))
         why = "assumed, such that every selection is trained on once"
     else:
         if corpus_tokens < shards:
@@ -114,7 +116,7 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
             }
         )
         if offered:
-            warnings += repetition_warnings(needed, offered, config.selection.epoch_warning)
+            warnings += repetition_warnings(needed, offered, config.selection)
     training = config.pretraining
     warmup = training.warmup_iters * training.global_batch_size * config.data.seq_length
     return {
@@ -132,14 +134,16 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
     }
 
 
+def _assumed_share(config: Config) -> float:
+    """Share of a shard of any size that a selection keeps, as far as it can be told."""
+    needed = round_tokens(config)
+    return kept_share(config.selection, needed / ASSUMED_SHARE, needed) or ASSUMED_SHARE
+
+
 def _selected_tokens(config: Config, shard_tokens: int, needed: int) -> int | None:
-    """About what a selection holds; None for a threshold."""
-    selection = config.selection
-    if selection.policy == "threshold":
-        return None
-    if selection.policy == "token_budget":
-        return min(selection.tokens or needed, shard_tokens)
-    return max(1, round(selection.fraction * shard_tokens))
+    """About what a selection holds; None where the scores decide."""
+    share = kept_share(config.selection, shard_tokens, needed)
+    return None if share is None else max(1, round(share * shard_tokens))
 
 
 def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Architecture) -> dict:
@@ -150,7 +154,8 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     arms, selecting = config.arms, corpus.units[1:]
     bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
-    share = config.selection.fraction if config.selection.policy != "threshold" else 1.0
+    shares = [kept_share(config.selection, tokens, round_tokens(config)) or 1.0 for tokens in corpus.tokens[1:]]
+    selected = sum(units * share for units, share in zip(selecting, shares, strict=True))
     proxies, scores = parameter_count(proxy), trunk_count(proxy) + proxy.hidden_size + 1
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
@@ -159,7 +164,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
         "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
-        "subsets": int(VIEW_BYTES * share * sum(selecting)) * len(arms),
+        "subsets": int(VIEW_BYTES * selected) * len(arms),
     }
     return {"parts": parts, "total": sum(parts.values()), "checkpoint": checkpoint, "checkpoints": count}
 
@@ -197,7 +202,7 @@ def _kept(config: Config, first: int, last: int) -> int:
 
 
 def reference_tokens(config: Config, samples: int) -> int:
-    """Tokens of so many samples of the guiding set: of mean length where it is there, else of the greatest."""
+    """Tokens of so many samples of the guide: of mean length where it is there, else of the greatest."""
     prefix, length = config.data.validation_prefix, config.data.seq_length
     if not prefix or not Path(manifest_path(prefix)).is_file():
         return samples * length

@@ -16,7 +16,7 @@ from megatron_bliss.data.splits import check_blend, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
-from megatron_bliss.selection.choose import check_selection
+from megatron_bliss.selection.select import check_selection, domain_field
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -164,8 +164,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
         yield partial(_check_prefix, name, prefix, data.train_prefix)
     if data.shard_by == "file":
         yield partial(require_field, data.train_prefix, "file")
-    if config.selection.policy in ("proportional", "quotas"):
-        yield partial(require_field, data.train_prefix, config.selection.domain_field)
+    if (column := domain_field(config.selection)) is not None:
+        yield partial(require_field, data.train_prefix, column)
     if config.evaluation.tasks:
         yield partial(check_evaluation, config.evaluation, data.train_prefix)
 

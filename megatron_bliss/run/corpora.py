@@ -1,4 +1,4 @@
-"""The corpora of a run: shards to choose from, the set that guides the selection, held-out sets, what is blended in.
+"""The corpora of a run: shards to choose from, the guide, held-out sets, what is blended in.
 
 All that is cut from the corpus are index views in ``RUN/shards``; no token is copied.
 """
@@ -12,12 +12,12 @@ import numpy as np
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.config.config import DataConfig
 from megatron_bliss.data.compare import shares_of
+from megatron_bliss.data.deal import deal_shards
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import provenance_codes
 from megatron_bliss.data.splits import PARTS, parse_split, split_bounds
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.run.session import Session, derive_seed
-from megatron_bliss.selection.policies import shards
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
 """Columns of the provenance by which selections are described."""
@@ -52,7 +52,7 @@ def deal_units(data: DataConfig, rounds: int, seed: int) -> tuple[list[int], lis
             f"of {rounds + 1} shards: give a larger corpus, or change data.split or rounds"
         )
     files = provenance_codes(data.train_prefix, "file")[0][: bounds[0]] if data.shard_by == "file" else None
-    return bounds, shards(bounds[0], rounds + 1, by=data.shard_by, seed=derive_seed(seed, "shards"), files=files)
+    return bounds, deal_shards(bounds[0], rounds + 1, by=data.shard_by, seed=derive_seed(seed, "shards"), files=files)
 
 
 def shares_by_field(prefix: str) -> dict[str, dict[str, float]]:
@@ -67,8 +67,8 @@ def shard_prefix(session: Session, round_number: int) -> str:
     return str(folder / session.folder.require(folder, "any other stage")["prefixes"][round_number])
 
 
-def guiding_prefix(session: Session) -> str:
-    """The validation set of the upper level: the one given, or the corpus's own part."""
+def guide_prefix(session: Session) -> str:
+    """The set that says what is wanted, on which the upper level is solved: the one given, or the corpus's own part."""
     return session.config.data.validation_prefix or _part(session, "validation")
 
 

@@ -30,11 +30,11 @@ from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops
 from megatron_bliss.models.loop import Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.run.corpora import guiding_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
-from megatron_bliss.selection.choose import choose_units, repetition_warnings
-from megatron_bliss.selection.scoring import save_array
+from megatron_bliss.selection.score_pass import save_array
+from megatron_bliss.selection.select import apply_policy, repetition_warnings
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -63,7 +63,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     score_model = _start_score_model(this, proxy)
     teacher = _teacher(this) if config.bilevel.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
-    validation = open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size)
+    validation = open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size)
     trainer = BilevelTrainer(
         config.bilevel,
         proxy,
@@ -126,7 +126,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
 
     return Inputs(
         source=source,
-        reference=open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size),
+        reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=this.seed("score"),
         folder=parts,
@@ -178,14 +178,13 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            selection = dataclasses.replace(config.selection, tokens=config.selection.tokens or round_tokens)
-            ids, policy, label = choose_units(prefix, scores, selection, seed=seed)
+            ids, policy, label = apply_policy(prefix, scores, config.selection, seed=seed, round_tokens=round_tokens)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
     counts = read_manifest(selected)["counts"]
-    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection.epoch_warning)
+    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {

@@ -15,7 +15,7 @@ from megatron_bliss.arms.dsir import DsirConfig
 from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
-from megatron_bliss.selection import scoring
+from megatron_bliss.selection import score_pass
 from tests.distributed import run_distributed
 from tests.targets import grouped, layout
 
@@ -112,7 +112,7 @@ def test_units_like_the_reference_weigh_more(folder: Path) -> None:
 
 
 def of_rank(rank: int, world_size: int, folder: Path) -> np.ndarray | None:
-    scoring.BLOCK_UNITS = ngrams.BLOCK_UNITS = 8
+    score_pass.BLOCK_UNITS = ngrams.BLOCK_UNITS = 8
     with grouped(layout()) as groups:
         assert dist.get_world_size(groups.world_group) == world_size
         return ARMS["dsir"].scores(DsirConfig(buckets=500), inputs(folder, groups)).values

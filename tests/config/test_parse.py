@@ -14,11 +14,12 @@ import yaml
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config, DataConfig, ModelConfig
-from megatron_bliss.config.parse import dump_yaml
+from megatron_bliss.config.parse import dump_yaml, to_dict
+from megatron_bliss.config.settings import merged_settings
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.run.checks import check, check_layout, parse_arguments
-from megatron_bliss.run.options import read_config
+from megatron_bliss.run.options import TABLES, read_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*/config.yaml"))
 
@@ -77,6 +78,19 @@ def test_options_of_arms_stand_over_the_file_as_others_do(options: list[str], tm
         parse_arguments([*options, "--config", str(path)])
 
 
+def test_settings_of_choices_are_options_of_their_section(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"selection": {"policy": "gumbel", "temperature": 0.5, "fraction": 0.3}}))
+    config = parse_arguments([*options, "--config", str(path), "--selection.fraction", "0.4"])
+    assert config.selection.policy == "gumbel" and config.selection.epoch_warning == 4.0
+    assert config.selection.settings["temperature"] == 0.5 and config.selection.settings["fraction"] == 0.4
+    flat = to_dict(config)["selection"]
+    assert flat == {"policy": "gumbel", "epoch_warning": 4.0, **config.selection.settings}
+    assert flat.keys() == {"policy", "epoch_warning", *merged_settings(TABLES["selection.policy"])}
+    whole = parse_arguments([*options, "--selection", yaml.safe_dump(flat, default_flow_style=True)])
+    assert whole.selection == config.selection
+
+
 def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Path) -> None:
     unsized = [option for option in options if not option.startswith("--target")]
     config = parse_arguments([*unsized, f"--target.pretrained_checkpoint={tmp_path}"])
@@ -91,7 +105,16 @@ def test_every_example_file_is_understood(path: Path, options: list[str]) -> Non
     assert config.rounds >= 1 and config.data.seq_length > 0
 
 
-@pytest.mark.parametrize("wrong", ["--target.nonsense=1", "--rounds=many", "--bilevel.solver=magic"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--target.nonsense=1",
+        "--rounds=many",
+        "--bilevel.solver=magic",
+        "--selection.policy=luck",
+        "--selection.fractoin=1",
+    ],
+)
 def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         parse_arguments([*options, wrong])
@@ -167,13 +190,20 @@ def test_every_option_has_a_line_of_help(capsys) -> None:
     for name, section in sections.items():
         if dataclasses.is_dataclass(section):
             for option in dataclasses.fields(section):
-                assert f"--{name}.{option.name}" in text
-    assert "m, buckets that n-grams are hashed into. [1 or more]" in " ".join(text.split())
+                assert (f"--{name}.{option.name}" in text) == (option.name != "settings")
+    words = " ".join(text.split())
+    assert "m, buckets that n-grams are hashed into. [1 or more]" in words
     for name, arm in ARMS.items():
-        assert f"{name}: {arm.help}" in " ".join(text.split())
+        assert f"{name}: {arm.help}" in words
+    for setting in merged_settings(TABLES["selection.policy"]).values():
+        assert f"--selection.{setting.name}" in text
+        assert "".join(setting.described().split()) in "".join(text.split())
 
 
 def test_options_are_read_without_loading_torch() -> None:
-    read = "import sys; from megatron_bliss.run.checks import parse_options; parse_options([])"
-    code = f"{read}; sys.exit(bool({{'torch', 'megatron.core'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = """import sys, megatron_bliss.run.checks as checks
+config = checks.parse_options(["--selection.policy=quotas", "--selection.quotas={prose: 0.5}", "--arms=bliss,mates"])
+assert config.selection.settings["quotas"] == {"prose": 0.5}
+sys.exit(", ".join({"torch", "megatron.core"} & sys.modules.keys()) or 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,26 +3,33 @@
 import numpy as np
 import pytest
 
+from megatron_bliss.data.deal import deal_shards
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.data.merge import merge_corpora
 from megatron_bliss.data.subset import root_units, write_subset
-from megatron_bliss.selection.policies import gumbel_top_k, shards, top_fraction
+from megatron_bliss.selection.policies import POLICIES
 from tests.data.test_subset import gpt_dataset, write_named_units
 
 SEQUENCE = 8
 
 
+def keep(policy, scores, seed=0, **settings):
+    """Units that a policy keeps."""
+    record = POLICIES[policy]
+    return record.keep(scores, record.settings(**settings), seed=seed)
+
+
 def top(folder, lengths):
     """The best fifth of a shard."""
-    shard = write_subset(folder / "X", shards(len(lengths), 2, seed=5)[1], folder / "run", label="shard")
+    shard = write_subset(folder / "X", deal_shards(len(lengths), 2, seed=5)[1], folder / "run", label="shard")
     scores = np.random.default_rng(0).random(len(root_units(shard)))
-    return write_subset(shard, top_fraction(scores, fraction=0.4), folder / "run", label="top40")
+    return write_subset(shard, keep("top_fraction", scores, fraction=0.4), folder / "run", label="top40")
 
 
 def gumbel(folder, lengths):
     """A random draw that favours high scores."""
-    ids = gumbel_top_k(np.arange(len(lengths), dtype=np.float32), fraction=0.3, temperature=10.0, seed=2)
+    ids = keep("gumbel", np.arange(len(lengths), dtype=np.float32), fraction=0.3, temperature=10.0, seed=2)
     return write_subset(folder / "X", ids, folder / "run", label="gumbel30")
 
 
@@ -71,8 +78,8 @@ def test_selections_under_one_parent_never_share_a_cache(tmp_path):
     prefixes, dealt = [], []
     for seed in range(2):
         for ids in (
-            top_fraction(np.random.default_rng(seed).random(40), fraction=0.3),
-            gumbel_top_k(np.zeros(40, np.float32), fraction=0.3, temperature=1.0, seed=seed),
+            keep("top_fraction", np.random.default_rng(seed).random(40), fraction=0.3),
+            keep("gumbel", np.zeros(40, np.float32), fraction=0.3, temperature=1.0, seed=seed),
         ):
             prefixes.append(write_subset(tmp_path / "X", ids, tmp_path, label="chosen"))
             dealt.append(ids)

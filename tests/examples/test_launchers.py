@@ -140,6 +140,7 @@ def test_settings_are_the_papers(prefix: str) -> None:
     bilevel = config.bilevel
     assert (bilevel.upper_iters, bilevel.global_batch_size, bilevel.kl_weight) == (3000, 32, 0.01)
     assert (bilevel.l2_weight, bilevel.damping, bilevel.proxy_optimizer.lr) == (1e-7, 0.01, 1e-5)
-    assert (config.selection.fraction, config.proxy.restart_each_round, config.score.carry_over) == (0.2, True, True)
+    assert config.selection.policy == "top_fraction" and config.selection.settings["fraction"] == 0.2
+    assert (config.proxy.restart_each_round, config.score.carry_over) == (True, True)
     assert dataclasses.asdict(bilevel.proxy_optimizer) == dataclasses.asdict(bilevel.score_optimizer)
     assert config.platform.params_dtype == "bf16"

@@ -19,7 +19,7 @@ from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.plan.text import format_plan
 from megatron_bliss.run.options import parse_options
-from megatron_bliss.selection.choose import repetition_warnings
+from megatron_bliss.selection.select import repetition_warnings
 from megatron_bliss.target.throughput import PEAK_TFLOPS
 from tests.data.corpora import documents, write_lines
 from tools import plan as tool
@@ -147,7 +147,7 @@ def test_a_corpus_that_is_there_is_counted(tmp_path: Path) -> None:
     assert found["is_there"] and sum(shard["tokens"] for shard in shards) == found["tokens"]
     needed = 10000 * 512 * 1024
     selected = round(0.2 * found["rounds"][0]["tokens"])
-    assert repetition_warnings(needed, selected, 4.0)[0] in planned["warnings"]
+    assert repetition_warnings(needed, selected, config("pythia_1b_c4").selection)[0] in planned["warnings"]
     with pytest.raises(ValueError, match="found 200 units to choose from"):
         plan("pythia_1b_c4", *data, "--rounds", "300")
 
@@ -159,6 +159,9 @@ def test_a_corpus_may_be_given_by_its_tokens() -> None:
     assert given["data"]["rounds"][0]["epochs"] == pytest.approx(5_242_880_000 / 2_000_000)
     threshold = plan("pythia_1b_c4", "--selection.policy", "threshold")["data"]["rounds"][0]
     assert threshold["selected_tokens"] is None and threshold["epochs"] is None
+    assert threshold["tokens"] == 5 * threshold["needed_tokens"]  # the share that a fraction keeps by default
+    budget = plan("pythia_1b_c4", "--selection.policy", "token_budget")["data"]["rounds"][0]
+    assert budget["selected_tokens"] == budget["needed_tokens"] and budget["tokens"] == 5 * budget["needed_tokens"]
 
 
 @pytest.mark.parametrize(

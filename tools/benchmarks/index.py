@@ -26,7 +26,7 @@ from megatron_bliss.data.indexed import blocks, contiguous_pointers, write_index
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.data.verify import verify_corpus
-from megatron_bliss.selection.choose import choose_units
+from megatron_bliss.selection.select import apply_policy
 from tools.benchmarks import measure
 
 TOKENS = 8
@@ -65,14 +65,15 @@ def synthetic_corpus(units: int, folder: str | os.PathLike) -> str:
     return prefix
 
 
-def _choose_and_write(prefix: str, folder: Path) -> None:
+def _select_and_write(prefix: str, folder: Path) -> None:
     scores = np.load(f"{prefix}.scores.npy", allow_pickle=False)
-    ids, policy, label = choose_units(prefix, scores, SelectionConfig(fraction=FRACTION), seed=0)
+    selection = SelectionConfig(settings={"fraction": FRACTION})
+    ids, policy, label = apply_policy(prefix, scores, selection, seed=0)
     write_subset(prefix, ids, folder, label=label, policy=policy)
 
 
 CASES: dict[str, Callable[[str, Path], object]] = {
-    "subset": _choose_and_write,
+    "subset": _select_and_write,
     "verify": lambda prefix, folder: verify_corpus(prefix),
 }
 

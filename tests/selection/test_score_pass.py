@@ -13,8 +13,8 @@ from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import ScoreModel, build_score_model
-from megatron_bliss.selection import scoring
-from megatron_bliss.selection.scoring import gather_scores, score_units
+from megatron_bliss.selection import score_pass
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
 
 SIZES = ModelConfig(architecture="llama", num_layers=1, hidden_size=16, num_attention_heads=2)
 COUNT = 37
@@ -22,7 +22,7 @@ COUNT = 37
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch) -> UnitDataset:
-    monkeypatch.setattr(scoring, "BLOCK_UNITS", 8)
+    monkeypatch.setattr(score_pass, "BLOCK_UNITS", 8)
     generator = np.random.default_rng(1)
     lengths = generator.integers(2, 12, COUNT)
     with CorpusWriter(str(tmp_path / "corpus"), 50) as writer:
@@ -37,16 +37,7 @@ def model() -> ScoreModel:
 
 def score(model: ScoreModel, source: UnitDataset, folder: Path, world_size: int, size: int = 5) -> np.ndarray:
     for rank in range(world_size):
-        score_units(
-            model,
-            source,
-            folder,
-            micro_batch_size=size,
-            rank=rank,
-            world_size=world_size,
-            device=torch.device("cpu"),
-            show_progress=False,
-        )
+        score_units(model, source, folder, ScorePass(rank, world_size, torch.device("cpu"), size))
     return gather_scores(folder, len(source))
 
 

@@ -13,8 +13,8 @@ from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.selection.choose import ARGUMENTS, LABELS, check_selection, choose_units, repetition_warnings
 from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.select import apply_policy, check_selection, kept_share, repetition_warnings
 from tests.data.corpora import documents, write_lines
 from tests.run.test_rounds import corpus, run, write_texts  # noqa: F401 - corpus is a fixture
 
@@ -27,36 +27,39 @@ def pool(tmp_path):
     return str(tmp_path / "X")
 
 
+def selecting(policy="top_fraction", epoch_warning=4.0, **settings):
+    return SelectionConfig(policy=policy, epoch_warning=epoch_warning, settings=settings)
+
+
 def test_every_policy_can_be_chosen_and_is_recorded(pool):
-    assert set(POLICIES) == set(ARGUMENTS) == set(LABELS)
     scores = np.random.default_rng(0).random(60).astype(np.float32)
     for name in POLICIES:
         shares = {"letter": 0.5} if name == "quotas" else {}
-        settings = SelectionConfig(policy=name, fraction=0.25, threshold=0.7, tokens=900, quotas=shares)
-        check_selection(settings)
-        ids, policy, label = choose_units(pool, scores, settings, seed=5)
+        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=900, quotas=shares)
+        check_selection(selection)
+        ids, policy, label = apply_policy(pool, scores, selection, seed=5)
         assert (np.diff(ids) > 0).all() and 0 < len(ids) < 60 and "." not in label
         assert policy["name"] == name and policy["seed"] == 5 and json.loads(json.dumps(policy)) == policy
+        own = {field.name for field in dataclasses.fields(POLICIES[name].settings)}
+        assert own < policy.keys() and policy.get("fraction", 0.25) == 0.25 and policy.get("quotas", shares) == shares
         assert policy.get("lowest_score_kept", policy.get("threshold")) == scores[ids].min()
-        np.testing.assert_array_equal(ids, choose_units(pool, scores, settings, seed=5)[0])
+        np.testing.assert_array_equal(ids, apply_policy(pool, scores, selection, seed=5)[0])
 
 
 def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
     shard = write_subset(pool, np.arange(0, 60, 2), tmp_path, label="shard")
     scores = np.zeros(30, dtype=np.float32)
-    ids, _, _ = choose_units(
-        shard, scores, SelectionConfig(policy="quotas", fraction=0.2, quotas={"river": 1.0}), seed=0
-    )
+    ids, _, _ = apply_policy(shard, scores, selecting("quotas", fraction=0.2, quotas={"river": 1.0}), seed=0)
     assert read_provenance(shard, ids).column("domain").to_pylist() == ["river"] * 6
     lengths = IndexedCorpus(shard).lengths
     excluded = np.flatnonzero(lengths > np.median(lengths))
-    settings = SelectionConfig(policy="token_budget", tokens=500)
-    ids, _, _ = choose_units(shard, scores, settings, seed=0, excluded=excluded)
+    selection = selecting("token_budget", tokens=500)
+    ids, _, _ = apply_policy(shard, scores, selection, seed=0, excluded=excluded)
     assert lengths[ids].sum() <= 500 and not np.isin(ids, excluded).any()
     with pytest.raises(ValueError, match="all 30 units of .* are excluded"):
-        choose_units(shard, scores, settings, seed=0, excluded=np.arange(30))
+        apply_policy(shard, scores, selection, seed=0, excluded=np.arange(30))
     with pytest.raises(ValueError, match="excluded units 30 to 30, but .* has 0 to 29"):
-        choose_units(shard, scores, settings, seed=0, excluded=np.array([30]))
+        apply_policy(shard, scores, selection, seed=0, excluded=np.array([30]))
 
 
 @pytest.mark.parametrize(
@@ -69,17 +72,42 @@ def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
         ({"policy": "quotas"}, "expected quotas with the policy quotas"),
         ({"quotas": {"a": 0.5}}, "with no other"),
         ({"policy": "quotas", "quotas": {"a": 0.6, "b": 0.6}}, "sum to at most 1"),
+        ({"policy": "luck"}, "selection.policy 'luck', expected one of top_fraction, "),
+        ({"fractoin": 0.2}, "selection.fractoin, which no policy has, expected settings of fraction, "),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_selection(dataclasses.replace(SelectionConfig(), **changes))
+        check_selection(selecting(**changes))
 
 
 def test_repetition_is_warned_of():
-    assert repetition_warnings(4000, 1000, 4.0) == []
-    (warning,) = repetition_warnings(5000, 1000, 4.0)
-    assert "5,000 tokens of a selection that has 1,000: 5.0 epochs" in warning and "selection.fraction" in warning
+    assert repetition_warnings(4000, 1000, selecting()) == []
+    (warning,) = repetition_warnings(5000, 1000, selecting())
+    assert "5,000 tokens of a selection that has 1,000: 5.0 epochs" in warning and "raise selection.fraction" in warning
+    assert "lower selection.threshold" in repetition_warnings(5000, 1000, selecting("threshold"))[0]
+    assert repetition_warnings(5000, 1000, selecting(epoch_warning=5.0)) == []
+
+
+def test_a_run_fills_the_token_budget_with_a_round(pool):
+    scores = np.random.default_rng(0).random(60).astype(np.float32)
+    lengths = IndexedCorpus(pool).lengths
+    for tokens, round_tokens, budget in ((0, 900, 900), (500, 900, 500)):
+        ids, policy, label = apply_policy(
+            pool, scores, selecting("token_budget", tokens=tokens), seed=0, round_tokens=round_tokens
+        )
+        assert policy["tokens"] == budget and label == f"tokens{budget}"
+        assert budget - lengths.max() < lengths[ids].sum() <= budget
+        assert kept_share(selecting("token_budget", tokens=tokens), 2000, round_tokens) * 2000 == budget
+    with pytest.raises(ValueError, match="token budget is 0"):
+        apply_policy(pool, scores, selecting("token_budget"), seed=0)
+
+
+def test_what_a_plan_is_told_to_be_kept():
+    for name in ("top_fraction", "gumbel", "proportional", "quotas"):
+        assert kept_share(selecting(name, fraction=0.3), 1000, 77) == 0.3
+    assert kept_share(selecting("threshold"), 1000, 77) is None
+    assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0
 
 
 def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):  # noqa: F811 - the fixture
@@ -104,5 +132,5 @@ def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):  # noqa: F811 -
     assert shares["words"] == pytest.approx(0.25, abs=0.05) and "epochs" in record["warnings"][0]
     assert f"warning: {record['warnings'][0]}" in done.stderr
     manifest = read_manifest(tmp_path / "run/random/round_01/select" / record["prefix"])
-    assert manifest["policy"]["shares"] == {"words": 0.25, "digits": 0.75}
+    assert manifest["policy"]["quotas"] == {"words": 0.25, "digits": 0.75}
     assert record["tokens"] == manifest["counts"]["tokens"]

@@ -7,6 +7,7 @@ pass goes on where it was and the scores do not depend on the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,48 +22,45 @@ BLOCK_UNITS = 4096
 """Units per block: small enough to lose little, large enough that a corpus of 10^8 units gives a few 10^4 files."""
 
 
+@dataclass(frozen=True)
+class ScorePass:
+    """How a pass over a corpus runs on this rank."""
+
+    rank: int
+    world_size: int
+    """Ranks that share the blocks."""
+    device: torch.device
+    micro_batch_size: int
+    """Units per forward pass."""
+    show_progress: bool = False
+    description: str = "score"
+    """Begins the line of progress."""
+
+
 def score_units(
     model: ScoreModel,
     source: BatchSource,
     folder: Path,
-    *,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    show_progress: bool,
-    description: str = "score",
+    how: ScorePass,
 ) -> None:
     """Score this rank's blocks of ``source`` into ``folder``, one file each; blocks that are there are not made again.
 
     Raises ``FloatingPointError`` naming the units when a score is not finite.
     """
-    score_blocks(
-        lambda ids: _score_block(model, source, ids, micro_batch_size, device),
-        len(source),
-        folder,
-        rank=rank,
-        world_size=world_size,
-        show_progress=show_progress,
-        description=description,
-    )
+    score_blocks(lambda ids: _score_block(model, source, ids, how), len(source), folder, how)
 
 
 def score_blocks(
     score: Callable[[np.ndarray], np.ndarray],
     num_units: int,
     folder: Path,
-    *,
-    rank: int,
-    world_size: int,
-    show_progress: bool,
-    description: str,
+    how: ScorePass,
 ) -> None:
     """:func:`score_units` by any function from unit ids (int64 [n], in order) to scores (float32 [n])."""
     folder.mkdir(parents=True, exist_ok=True)
-    bounds = list(_block_bounds(num_units))[rank::world_size]
+    bounds = list(_block_bounds(num_units))[how.rank :: how.world_size]
     count = sum(stop - start for start, stop in bounds)
-    with progress(count, description=description, unit="units", enabled=show_progress) as bar:
+    with progress(count, description=how.description, unit="units", enabled=how.show_progress) as bar:
         for start, stop in bounds:
             path = _block_path(folder, start, stop)
             if not path.is_file():
@@ -89,12 +87,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _score_block(
-    model: ScoreModel, source: BatchSource, ids: np.ndarray, micro_batch_size: int, device: torch.device
-) -> np.ndarray:
+def _score_block(model: ScoreModel, source: BatchSource, ids: np.ndarray, how: ScorePass) -> np.ndarray:
     parts = []
-    for first in range(0, len(ids), micro_batch_size):
-        batch = source.batch(ids[first : first + micro_batch_size]).to(device)
+    for first in range(0, len(ids), how.micro_batch_size):
+        batch = source.batch(ids[first : first + how.micro_batch_size]).to(how.device)
         with torch.no_grad():
             scores = model(batch.tokens, batch.lengths).float()
         if not torch.isfinite(scores).all():

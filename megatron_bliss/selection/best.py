@@ -1,0 +1,45 @@
+"""The best units by score: what selection policies share.
+
+Scores are never sorted as a whole: the time is that of a few passes over them, the memory a few bytes per unit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def finite_scores(scores: np.ndarray) -> np.ndarray:
+    """float[n], one finite number per unit; ValueError for anything else."""
+    scores = np.asarray(scores)
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"scores have shape {list(scores.shape)}, expected one number per unit")
+    if not np.isfinite(scores).all():
+        bad = np.flatnonzero(~np.isfinite(scores))
+        raise ValueError(
+            f"{len(bad)} of {len(scores)} scores are not finite (unit {bad[0]}: {scores[bad[0]]}), expected numbers: "
+            "score the shard again"
+        )
+    return scores
+
+
+def best(keys: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """int64[count]: places of the largest keys, increasing; the generator draws among equal ones at the threshold."""
+    place = len(keys) - count
+    threshold = np.partition(keys, place)[place]
+    kept = keys > threshold
+    equal = np.flatnonzero(keys == threshold)
+    kept[generator.choice(equal, count - np.count_nonzero(kept), replace=False)] = True
+    return np.flatnonzero(kept)
+
+
+def best_of_groups(
+    scores: np.ndarray, groups: np.ndarray, counts: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """The ``counts[g]`` best units of every group g. groups: int[n], a number from 0 on per unit."""
+    members = np.argsort(groups.astype(np.uint16) if len(counts) < 1 << 16 else groups, kind="stable")  # 16 bits: radix
+    ends = np.cumsum(np.bincount(groups, minlength=len(counts)))
+    kept = np.zeros(len(scores), dtype=bool)
+    for first, last, count in zip([0, *ends.tolist()], ends.tolist(), counts.tolist(), strict=False):
+        if count:
+            kept[members[first:last][best(scores[members[first:last]], count, generator)]] = True
+    return np.flatnonzero(kept)

@@ -1,0 +1,38 @@
+"""Settings of the policies that keep a fraction of the units, and what follows from a fraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FractionSettings:
+    """How many units are kept."""
+
+    fraction: float = 0.2
+    """Share of units kept."""
+
+
+@dataclass(frozen=True)
+class DomainSettings(FractionSettings):
+    """How many units are kept, and what a domain is."""
+
+    domain_field: str = "domain"
+    """Column of the provenance that says which domain a unit is of."""
+
+
+def check_fraction(settings: FractionSettings, chosen: bool = True) -> None:
+    """Refuse a fraction that is none."""
+    if not 0 < settings.fraction <= 1:
+        raise ValueError(f"found selection.fraction {settings.fraction}, expected a share in (0, 1]")
+
+
+def fraction_share(settings: FractionSettings, tokens: float) -> float:
+    """About the share of tokens kept."""
+    return settings.fraction
+
+
+def fraction_count(settings: FractionSettings, count: int) -> int:
+    """How many of ``count`` units are kept: at least one."""
+    check_fraction(settings)
+    return max(1, round(settings.fraction * count))

@@ -1,0 +1,55 @@
+"""A random draw that favours the best units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bliss.data.indexed import blocks
+from megatron_bliss.selection.best import best, finite_scores
+from megatron_bliss.selection.fraction import FractionSettings, check_fraction, fraction_count, fraction_share
+from megatron_bliss.selection.policy import Policy
+
+
+@dataclass(frozen=True)
+class GumbelSettings(FractionSettings):
+    """How many units are drawn, and how strongly the best are favoured."""
+
+    temperature: float = 1.0
+    """Units are drawn with probability proportional to exp(score / temperature), without replacement."""
+
+
+def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarray:
+    """A random subset that favours high scores: the top fraction of score / temperature + Gumbel noise.
+
+    The same as drawing units one after another, without replacement, each with probability proportional to
+    exp(score / temperature). Towards temperature 0 it is the top fraction, towards infinity a uniform draw.
+    """
+    check(settings)
+    scores, temperature = finite_scores(scores), settings.temperature
+    generator, keys = np.random.default_rng(seed), np.empty(len(scores), dtype=np.float32)
+    stretch, spread = max(temperature, 1.0), min(temperature, 1.0)  # so that neither term overflows or vanishes
+    for part in blocks(len(scores)):
+        noise = generator.gumbel(size=part.stop - part.start)
+        keys[part] = scores[part].astype(np.float64) / stretch + spread * noise
+    return best(keys, fraction_count(settings, len(scores)), generator)
+
+
+def check(settings: GumbelSettings, chosen: bool = True) -> None:
+    """Refuse a fraction that is none and a temperature that is not above 0."""
+    check_fraction(settings, chosen)
+    if not settings.temperature > 0:
+        raise ValueError(f"found selection.temperature {settings.temperature}, expected more than 0")
+
+
+POLICY = Policy(
+    help="a random draw that favours the best",
+    settings=GumbelSettings,
+    keep=keep,
+    label=lambda settings: f"gumbel{settings.fraction * 100:g}",
+    to_keep_more="raise selection.fraction",
+    required=("fraction",),
+    check=check,
+    share=fraction_share,
+)

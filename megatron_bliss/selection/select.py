@@ -1,0 +1,126 @@
+"""From a scored corpus to the units that are kept: brings a policy what it needs to know beside the scores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.settings import merged_settings, pick
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.provenance import provenance_codes
+from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.policy import Domains
+
+
+class Units:
+    """What policies ask about the units of a corpus, read when it is asked for; ``kept``: only these units."""
+
+    def __init__(self, prefix: str | os.PathLike, domain_field: str | None, kept: np.ndarray | None = None) -> None:
+        self._prefix, self._domain_field, self._kept = prefix, domain_field, kept
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32[n] tokens."""
+        lengths = IndexedCorpus(self._prefix).lengths
+        return lengths.copy() if self._kept is None else lengths[self._kept]
+
+    @cached_property
+    def domains(self) -> Domains:
+        """By the provenance's column ``domain_field``."""
+        codes, names = provenance_codes(self._prefix, self._domain_field)
+        return Domains(codes if self._kept is None else codes[self._kept], names)
+
+
+def chosen_settings(selection: SelectionConfig, round_tokens: int | None = None) -> Any:
+    """The settings of the chosen policy, for a target that trains on ``round_tokens`` in one round (None: no run)."""
+    policy = POLICIES[selection.policy]
+    settings = pick(policy.settings, selection.settings)
+    return settings if round_tokens is None else policy.in_a_run(settings, round_tokens)
+
+
+def apply_policy(
+    prefix: str | os.PathLike,
+    scores: np.ndarray,
+    selection: SelectionConfig,
+    *,
+    seed: int,
+    excluded: np.ndarray | None = None,
+    round_tokens: int | None = None,
+) -> tuple[np.ndarray, dict, str]:
+    """Units of a scored corpus that the policy keeps: (ids int64[k] increasing, policy for the manifest, label).
+
+    scores: float[n], one per unit. excluded: unit numbers that are taken out first; a fraction is then one of the rest.
+    round_tokens: those that the target trains on in one round, in a run. The policy's record for the manifest has its
+    settings, the seed and the lowest score kept. Raises ValueError when nothing is kept.
+    """
+    remaining = None if excluded is None else _without(excluded, len(scores), prefix)
+    if remaining is not None:
+        scores = scores[remaining]
+    policy, settings = POLICIES[selection.policy], chosen_settings(selection, round_tokens)
+    units = Units(prefix, domain_field(selection), remaining)
+    ids = policy.keep(scores, settings, seed=seed, **{need: getattr(units, need) for need in policy.needs})
+    if not len(ids):
+        raise ValueError(
+            f"policy {selection.policy} keeps no unit of {prefix}, whose scores go from {scores.min():g} to "
+            f"{scores.max():g}, expected at least one: {policy.to_keep_more}"
+        )
+    lowest = {policy.lowest_score_as: float(scores[ids].min())}
+    record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest}
+    return (ids if remaining is None else remaining[ids]), record, policy.label(settings).replace(".", "p")
+
+
+def domain_field(selection: SelectionConfig) -> str | None:
+    """Column of the corpus's provenance that the policy looks at; None: it looks at none."""
+    needs_one = "domains" in POLICIES[selection.policy].needs
+    return chosen_settings(selection).domain_field if needs_one else None
+
+
+def kept_share(selection: SelectionConfig, tokens: float, round_tokens: int) -> float | None:
+    """About the share of a shard of ``tokens`` tokens that the policy keeps in a run; None: the scores decide."""
+    return POLICIES[selection.policy].share(chosen_settings(selection, round_tokens), tokens)
+
+
+def check_selection(selection: SelectionConfig) -> None:
+    """Refuse settings that cannot work whatever the corpus; errors name the option."""
+    if selection.policy not in POLICIES:
+        raise ValueError(f"found selection.policy {selection.policy!r}, expected one of {', '.join(POLICIES)}")
+    known = merged_settings(POLICIES)
+    for name in selection.settings:
+        if name not in known:
+            raise ValueError(f"found selection.{name}, which no policy has, expected settings of {', '.join(known)}")
+    for name, policy in POLICIES.items():
+        policy.check(pick(policy.settings, selection.settings), name == selection.policy)
+    if not selection.epoch_warning > 0:
+        raise ValueError(f"found selection.epoch_warning {selection.epoch_warning}, expected more than 0")
+
+
+def repetition_warnings(train_tokens: int, selected_tokens: int, selection: SelectionConfig) -> list[str]:
+    """A line for the user when training repeats a selection more often than ``selection.epoch_warning``; [] otherwise.
+
+    Repeating data up to about four times costs little, after that it is worth less and less (arXiv 2305.16264).
+    """
+    epochs = train_tokens / selected_tokens
+    if epochs <= selection.epoch_warning:
+        return []
+    return [
+        f"the target will train on {train_tokens:,} tokens of a selection that has {selected_tokens:,}: {epochs:.1f} "
+        f"epochs, more than selection.epoch_warning={selection.epoch_warning:g}; "
+        f"{POLICIES[selection.policy].to_keep_more}, lower pretraining.train_iters, or prepare more data"
+    ]
+
+
+def _without(excluded: np.ndarray, count: int, prefix: str | os.PathLike) -> np.ndarray:
+    """int64: the numbers of the units that are not excluded."""
+    excluded = np.asarray(excluded, dtype=np.int64)
+    if len(excluded) and not (excluded.min() >= 0 and excluded.max() < count):
+        raise ValueError(f"excluded units {excluded.min()} to {excluded.max()}, but {prefix} has 0 to {count - 1}")
+    kept = np.ones(count, dtype=bool)
+    kept[excluded] = False
+    if not kept.any():
+        raise ValueError(f"all {count} units of {prefix} are excluded, expected some to choose from: change --exclude")
+    return np.flatnonzero(kept)
