@@ -7,9 +7,9 @@ package receives its own section, never the whole :class:`Config`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
-from megatron_bliss.config.baselines import BaselinesConfig
+from megatron_bliss.config.bounds import bounded
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class ScoreConfig:
 class BilevelConfig:
     """The bilevel stage: equations (1) to (7) of BLISS (arXiv 2510.06048)."""
 
-    upper_iters: int = 3000
+    upper_iters: int = bounded(3000, minimum=1)
     """Upper-level steps a round."""
     lower_iters: int = 1
     """T, lower-level steps of the proxy per upper-level step."""
@@ -343,8 +343,8 @@ class Config:
     """Everything a run writes goes here; running the same command again continues an unfinished run."""
     seed: int = 1234
     """Seed of initial weights, data order and random selection."""
-    arms: str = "bliss,random"
-    """Comma-separated selection methods, each with its own target: bliss, random, dsir, mates."""
+    arms: Union[list[str], str] = field(default_factory=lambda: ["bliss", "random"])
+    """Ways to score units, each with a target of its own, as a list or with commas between."""
     rounds: int = 4
     """R, rounds of [bilevel, score, select, pretrain, evaluate] after the warm-up."""
     stage: Optional[Literal["warmup", "bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"]] = None
@@ -360,9 +360,15 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """Options of arms: a section for each that has some."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        """``arms`` is a list from here on, however it was written."""
+        if isinstance(self.arms, str):
+            object.__setattr__(self, "arms", [name.strip() for name in self.arms.split(",") if name.strip()])

@@ -54,7 +54,9 @@ class RunData:
     @property
     def arms(self) -> list[str]:
         """The arms of the config; without one, those that left something in the folder."""
-        named = [arm.strip() for arm in str(self.option("arms") or "").split(",") if arm.strip()]
+        named = self.option("arms") or []
+        named = named if isinstance(named, list) else str(named).split(",")  # as older runs wrote them
+        named = [str(arm).strip() for arm in named]
         found = [entry["arm"] for entry in [*self.stages, *self.metrics] if entry["arm"] != "shared"]
         return named or list(dict.fromkeys(found))
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from megatron_bliss.arms import BASELINES
-from megatron_bliss.config.baselines import BASELINE_NAMES
+from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config, DataConfig, ModelConfig
 from megatron_bliss.config.parse import dump_yaml, to_dict
 from megatron_bliss.config.settings import merged_settings
@@ -57,6 +56,26 @@ def test_the_resolved_file_reads_back_the_same(options: list[str], tmp_path: Pat
     path.write_text(dump_yaml(config))
     assert parse_arguments(["--config", str(path)]) == config
     assert config.bilevel.proxy_optimizer.lr == 0.25
+
+
+@pytest.mark.parametrize("written", ["bliss,dsir", "[bliss,dsir]", " bliss, dsir ,"])
+def test_arms_are_a_list_however_they_are_written(written: str, options: list[str], tmp_path: Path) -> None:
+    config = parse_arguments([*options, "--arms", written])
+    assert config.arms == ["bliss", "dsir"] and yaml.safe_load(dump_yaml(config))["arms"] == ["bliss", "dsir"]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"arms": written}))
+    assert read_config(path).arms == ["bliss", "dsir"]
+
+
+def test_options_of_arms_stand_over_the_file_as_others_do(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"baselines": {"dsir": {"buckets": 7, "noise": 0.5}}}))
+    config = parse_arguments([*options, "--config", str(path), "--baselines.dsir.buckets", "9"])
+    assert config.baselines["dsir"] == ARMS["dsir"].settings(buckets=9, noise=0.5)
+    assert config.baselines["mates"] == ARMS["mates"].settings()
+    path.write_text(yaml.safe_dump({"baselines": {"dsir": {"bucket": 7}}}))
+    with pytest.raises(SystemExit):
+        parse_arguments([*options, "--config", str(path)])
 
 
 def test_settings_of_choices_are_options_of_their_section(options: list[str], tmp_path: Path) -> None:
@@ -166,21 +185,25 @@ def test_every_option_has_a_line_of_help(capsys) -> None:
     text = capsys.readouterr().out
     for part in ("|B|, samples per step over all ranks", "gamma, weight of the KL term", "Ranks that share one layer"):
         assert part in text
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.default_factory):
-            for option in dataclasses.fields(section.default_factory):
-                assert (f"--{section.name}.{option.name}" in text) == (option.name != "settings")
-    for option, table in TABLES.items():
-        for setting in merged_settings(table).values():
-            assert f"--{option.split('.')[0]}.{setting.name}" in text
-            assert "".join(setting.described().split()) in "".join(text.split())
+    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    sections |= {f"baselines.{name}": arm.settings for name, arm in ARMS.items()}
+    for name, section in sections.items():
+        if dataclasses.is_dataclass(section):
+            for option in dataclasses.fields(section):
+                assert (f"--{name}.{option.name}" in text) == (option.name != "settings")
+    words = " ".join(text.split())
+    assert "m, buckets that n-grams are hashed into. [1 or more]" in words
+    for name, arm in ARMS.items():
+        assert f"{name}: {arm.help}" in words
+    for setting in merged_settings(TABLES["selection.policy"]).values():
+        assert f"--selection.{setting.name}" in text
+        assert "".join(setting.described().split()) in "".join(text.split())
 
 
-def test_options_are_read_without_loading_megatron_core() -> None:
+def test_options_are_read_without_loading_torch() -> None:
     code = """import sys, megatron_bliss.run.checks as checks
-config = checks.parse_options(["--selection.policy=quotas", "--selection.quotas={prose: 0.5}"])
+config = checks.parse_options(["--selection.policy=quotas", "--selection.quotas={prose: 0.5}", "--arms=bliss,mates"])
 assert config.selection.settings["quotas"] == {"prose": 0.5}
 sys.exit(", ".join({"torch", "megatron.core"} & sys.modules.keys()) or 0)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(BASELINE_NAMES) == set(BASELINES)

@@ -77,7 +77,7 @@ def check_page(text: str) -> Page:
 
 def write_config(folder: Path, **changes) -> str:
     config = {
-        "arms": "bliss,random", "rounds": 2, "seed": 7,
+        "arms": ["bliss", "random"], "rounds": 2, "seed": 7,
         "data": {"train_prefix": str(folder / "pool"), "seq_length": 64},
         "pretraining": {"warmup_iters": 50, "train_iters": 100, "global_batch_size": 4},
         "bilevel": {"global_batch_size": 8},
