@@ -12,8 +12,6 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
 
-ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
-
 
 def read_config(path: Path | str) -> Config:
     """Read the ``config.yaml`` of a run; unlike for a new run, its data need not lie on this machine."""

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_bliss.base.parallel import check_world_size
 from megatron_bliss.config.config import Config, PlatformConfig
-from megatron_bliss.config.parse import ROUND_STAGES, arm_names, has_stage
+from megatron_bliss.config.parse import arm_names, has_stage
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, scoring_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens

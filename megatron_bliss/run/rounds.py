@@ -18,6 +18,7 @@ from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, barrier
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.parse import arm_names, has_stage
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.report.page import write_report
 from megatron_bliss.report.summary import build_summary, format_table, read_stages
 from megatron_bliss.run import corpora as run_corpora
@@ -25,7 +26,7 @@ from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder
 from megatron_bliss.run.session import Round, Session, warmup
 
-ROUND_STAGES: dict[str, Callable[[Round, Path], dict]] = {
+WORK: dict[str, Callable[[Round, Path], dict]] = {
     "bilevel": stages.learn_scores,
     "score": stages.score_shard,
     "select": stages.select_units,
@@ -33,6 +34,7 @@ ROUND_STAGES: dict[str, Callable[[Round, Path], dict]] = {
     "decay_branch": target_stages.decay_target,
     "evaluate": target_stages.evaluate_target,
 }
+"""What each stage of a round does."""
 
 
 def run(config: Config, groups: Groups) -> None:
@@ -71,7 +73,7 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
             this = Round(session, arm, number)
             for stage in ROUND_STAGES:
                 if has_stage(config, arm, stage) and _is_wanted(this, stage):
-                    yield this.folder(stage), partial(ROUND_STAGES[stage], this)
+                    yield this.folder(stage), partial(WORK[stage], this)
 
 
 def _is_wanted(this: Round, stage: str) -> bool:

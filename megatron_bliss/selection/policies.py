@@ -9,10 +9,10 @@ is that of a few passes over them, the memory a few bytes per unit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
+from megatron_bliss.config.data import ShardBy
 from megatron_bliss.data.indexed import blocks
 
 
@@ -166,7 +166,7 @@ def shards(
     num_units: int,
     num_shards: int,
     *,
-    by: Literal["random", "range", "file"] = "random",
+    by: ShardBy = "random",
     seed: int = 0,
     files: np.ndarray | None = None,
 ) -> list[np.ndarray]:
