@@ -20,8 +20,6 @@ from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.settings import Choice, Setting, merged_settings, settings_of
 
-ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
-
 Tables = Mapping[str, Mapping[str, Choice]]
 """Option that makes a choice → the records to choose from.
 
@@ -117,6 +115,9 @@ def _show_bounds(parser: ArgumentParser, tables: Tables) -> None:
     sections = {SEVERAL[option]: _each(table) for option, table in tables.items() if option in SEVERAL}
     defaults = {name: {key: settings() for key, settings in each.items()} for name, each in sections.items()}
     bounds = {name: bounds for name, _, bounds in bounded_fields(Config(**defaults))}
+    for section, choice in _choosing(tables).items():
+        for settings in _each(tables[f"{section}.{choice}"]).values():
+            bounds |= {name: bounds for name, _, bounds in bounded_fields(settings(), section)}
     for action in parser._actions:  # argparse has no public way to them
         if action.dest in bounds:
             action.help = f"{action.help} [{bounds[action.dest]}]"

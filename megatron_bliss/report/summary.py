@@ -17,6 +17,7 @@ import orjson
 
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.metrics import format_seconds
+from megatron_bliss.config.stages import ROUND_STAGES, WARMUP_STAGES
 from megatron_bliss.evaluation.results import Cell, columns
 from megatron_bliss.report.curves import Curve, finite_points, first_reach, loss_at, speedup
 from megatron_bliss.report.task_summary import (
@@ -29,10 +30,7 @@ from megatron_bliss.report.task_summary import (
     task_speedup_sentence,
 )
 
-STAGE_ORDER = (
-    *("warmup", "warmup target", "warmup decay_branch", "warmup proxy", "warmup evaluate"),
-    *("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate"),
-)
+STAGE_ORDER = ("warmup", *(f"warmup {name}" for name in WARMUP_STAGES), *ROUND_STAGES)
 PACKAGES = ("torch", "megatron-core", "lm-eval", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 CHOSEN, CONTROL = "bliss", "random"
 """The arms that the speed-up compares."""

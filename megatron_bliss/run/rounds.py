@@ -33,6 +33,7 @@ STAGE_WORK: dict[str, Callable[[Round, Path], dict]] = {
     "decay_branch": target_stages.decay_target,
     "evaluate": target_stages.evaluate_target,
 }
+"""What each stage of a round does."""
 
 
 def run(config: Config, groups: Groups) -> None:

@@ -126,7 +126,8 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
     [
         ("--run_folder=", "--run_folder"),
         ("--arms=bliss,magic", "bliss, random"),
-        ("--rounds=0", "expected at least 1"),
+        ("--rounds=0", "found rounds 0, expected 1 or more"),
+        ("--stage=decay_branch", "decay_branch_iters 0, expected 1 or more for --stage decay_branch"),
         ("--target.pretrained_checkpoint=gone", "target.pretrained_checkpoint 'gone', expected the folder of a model"),
         ("--stage=select", "expected 1 to 4"),
         ("--round=1", "without --stage"),

@@ -49,7 +49,6 @@ def test_what_is_there_passes(folder, config):
         ({"tasks": ["a", "a"]}, "found evaluation.tasks a, a, expected different names"),
         ({"tasks": ["average"]}, "none of them 'average'"),
         ({"data_dir": ""}, "found evaluation.data_dir '', expected a folder with the data files of a, b"),
-        ({"limit": -1}, "found evaluation.limit -1, expected a number of items"),
         ({"tokenizer_model": "/nowhere/t.json"}, "no file /nowhere/t.json, .*set evaluation.tokenizer_model"),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import read_manifest
@@ -22,6 +23,7 @@ from megatron_bliss.data.validation import ValidationSettings, prepare_validatio
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.report.summary import read_stages
 from megatron_bliss.run.checks import parse_arguments
+from megatron_bliss.run.rounds import STAGE_WORK
 from megatron_bliss.target.log import MEASURED
 
 ROOT = Path(__file__).parents[2]
@@ -335,3 +337,7 @@ def test_decay_branches_are_evaluated_and_leave_the_main_line_alone(corpus: Path
     branch = json.loads((folders[3] / "random/round_02/decay_branch/done.json").read_text())
     evaluate = json.loads((folders[3] / "random/round_02/evaluate/done.json").read_text())
     assert evaluate["evaluation"] == branch["evaluation"] and points[-1][1] == evaluate["evaluation"]["losses"]["held"]
+
+
+def test_every_stage_of_a_round_has_its_work() -> None:
+    assert tuple(STAGE_WORK) == ROUND_STAGES
