@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_bliss.base.text import align
 from megatron_bliss.data.compare import compare_units
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path, read_manifest
@@ -21,7 +22,6 @@ from megatron_bliss.data.subset import root_prefix
 from megatron_bliss.data.tokenizers import KINDS, Tokenizer, load_recorded_tokenizer, load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus
 from megatron_bliss.data.verify import is_contiguous, verify_corpus
-from megatron_bliss.report.summary import align
 
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 

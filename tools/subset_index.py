@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss.base.files import read_json, sha256_file
+from megatron_bliss.base.text import align
 from megatron_bliss.config.config import SelectionConfig
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
-from megatron_bliss.report.summary import align
 from megatron_bliss.selection.choose import check_selection, choose_units
 from megatron_bliss.selection.policies import COMBINATIONS, POLICIES, mean_score
 

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.arms.probing import Probe, Step
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.metrics import Progress, progress
 from megatron_bliss.base.parallel import all_gather_object, broadcast_object, failing_together
+from megatron_bliss.base.progress import Progress, progress
 from megatron_bliss.bilevel import vector
 from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.config.baselines import FEWEST_PROBES, HELD_OUT, BaselinesConfig, MatesConfig

@@ -1,8 +1,8 @@
 """What a run will take, before it runs: FLOPs, tokens and time of every stage, memory of a rank, data and disk.
 
-Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the
-stages record when they are done, by the same functions (models/flops.py), where the corpus is there; time is those numbers
-over what the devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
+Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the stages record when
+they are done, by the same functions (models/flops.py), where the corpus is there; time is those numbers over what the
+devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from megatron_bliss.target.state import MOMENTS
 from megatron_bliss.target.trainer import TargetTrainer
 from megatron_bliss.target.weights import full_weights
 from tests.distributed import run_distributed
-from tests.report.test_page import check_page
+from tests.report.runs import check_page
 from tests.run.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
 

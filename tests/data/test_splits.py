@@ -8,7 +8,7 @@ import pytest
 from megatron_bliss.config.config import DataConfig
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.splits import check_blend, check_sets, parse_split, split_bounds
-from megatron_bliss.target.sequences import TrainingSequences
+from megatron_bliss.target.sequences import SequenceSource, TrainingSequences
 from tests.targets import grouped, layout
 
 
@@ -47,16 +47,9 @@ def test_what_a_run_would_lack_is_said_at_its_start(changes: dict, message: str)
 
 def draw(folder: Path, groups, cache: Path, blend: list[tuple[str, float]], first: int = 0) -> np.ndarray:
     """Tokens [sequences, 8] of the corpus ``one`` and what is blended in, from sequence ``first``."""
-    data = TrainingSequences(
-        str(folder / "one"),
-        groups,
-        seq_length=8,
-        num_samples=200,
-        vocab_size=100,
-        seed=3,
-        cache_folder=cache,
-        blend=[(str(folder / name), share) for name, share in blend],
-    )
+    others = [(str(folder / name), share) for name, share in blend]
+    source = SequenceSource(str(folder / "one"), vocab_size=100, seq_length=8, num_samples=200, seed=3, blend=others)
+    data = TrainingSequences(source, groups, cache_folder=cache)
     return np.concatenate([batch.tokens.numpy() for batch in data.micro_batches(first, 4, 4)])
 
 

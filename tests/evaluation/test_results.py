@@ -6,26 +6,15 @@ import pytest
 
 from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.evaluation.results import Cell, best, cells, find_results, markdown, read_results, write_results
-
-
-def result(values: dict[str, float], items: int = 400, **changes) -> dict:
-    tasks = {
-        name: {
-            "metric": "acc" if name == "boolq" else "acc_norm", "value": value, "stderr": 0.02, "num_items": items,
-            "metrics": {"acc": value}, "data": {"file": f"{name}.jsonl", "sha256": "0" * 64, "known": name != "mine"},
-        }
-        for name, value in values.items()
-    }  # fmt: skip
-    average = sum(values.values()) / len(values)
-    return {"format": 1, "lm_eval_version": "0.4.13", "tasks": tasks, "average": average,
-            "average_tasks": list(values), **changes}  # fmt: skip
+from tests.results import result
 
 
 def test_cells_and_the_average_of_independent_tasks():
     row = cells(result({"sciq": 0.8, "boolq": 0.5}))
     assert row["sciq"] == Cell(0.8, 0.02) and list(row) == ["sciq", "boolq", "average"]
     assert row["average"].value == pytest.approx(0.65) and row["average"].stderr == pytest.approx(0.02 / math.sqrt(2))
-    assert [Cell(0.4344, 0.0158).text, Cell(0.5).text, Cell().text] == ["43.4 ± 1.6", "50.0", "-"]
+    texts = [Cell(0.4344, 0.0158).text, Cell(0.5, 0.0).text, Cell(0.5).text, Cell().text]
+    assert texts == ["43.4 ± 1.6", "50.0 ± 0.0", "50.0", "-"]
 
 
 def test_the_average_is_over_the_tasks_it_names():

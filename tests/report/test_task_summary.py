@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_bliss.evaluation.results import Cell
-from megatron_bliss.report.summary import build_summary, format_table
+from megatron_bliss.report.summary import build_summary
 from megatron_bliss.report.task_summary import (
     perplexity_curves,
     task_curves,
@@ -14,7 +14,8 @@ from megatron_bliss.report.task_summary import (
     task_speedup,
     task_speedup_sentence,
 )
-from tests.evaluation.test_results import result
+from megatron_bliss.report.text import format_table
+from tests.results import result
 
 
 def points(*values: float) -> list[dict]:

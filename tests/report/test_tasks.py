@@ -5,12 +5,10 @@ import re
 
 import pytest
 
-from megatron_bliss.evaluation.results import Cell
 from megatron_bliss.report.page import build_report
-from megatron_bliss.report.plots import Line, line_chart
 from megatron_bliss.report.summary import build_summary
-from tests.evaluation.test_results import result
-from tests.report.test_page import HOSTILE, Page, check_page, write_config
+from tests.report.runs import HOSTILE, check_page, write_config
+from tests.results import result
 
 
 def write_run(folder, values: dict[str, list[float]], **changes) -> None:
@@ -84,11 +82,3 @@ def test_damaged_results_are_named(tmp_path, tasks):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = check_page(build_report(tmp_path))
     assert "summary.json: could not be read" in page.text
-
-
-def test_a_band_around_a_curve():
-    plain = line_chart([Line("a", [1, 2], [3.0, 4.0])], title="t", x_label="step")
-    banded = line_chart([Line("a", [1, 2], [3.0, 4.0], error=[0.5, 0.0])], title="t", x_label="step")
-    Page(banded)
-    assert banded.count("<path") > plain.count("<path") and "var(--series-1)" in banded
-    assert Cell(0.5, 0.0).text == "50.0 ± 0.0"

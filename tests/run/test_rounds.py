@@ -20,7 +20,7 @@ from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.validation import ValidationSettings, prepare_validation
 from megatron_bliss.plan.plan import Machine, make_plan
-from megatron_bliss.report.summary import read_stages
+from megatron_bliss.report.costs import read_stages
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.target.log import MEASURED
 

@@ -3,7 +3,7 @@
 import json
 
 from megatron_bliss.evaluation.results import write_results
-from tests.evaluation.test_results import result
+from tests.results import result
 from tools import compare
 
 
