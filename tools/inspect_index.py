@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.text import align
 from megatron_bliss.data.compare import compare_units
 from megatron_bliss.data.indexed import IndexedCorpus
@@ -182,16 +183,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("inspect_index", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        found = COMMANDS[options.command](options)
-        if options.json:
-            print(json.dumps(found, ensure_ascii=False, indent=2))
-    except (ValueError, OSError) as error:
-        print(f"inspect_index: {error}", file=sys.stderr)
-        return 1
+    found = COMMANDS[options.command](options)
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import read_json, sha256_file
 from megatron_bliss.base.text import align
 from megatron_bliss.config.config import SelectionConfig
@@ -173,17 +174,14 @@ def print_shares(parent: str, subset: str, field: str) -> None:
         print(align(f"Share of units by {field}", [field, "pool", "kept"], rows))
 
 
+@command("subset_index", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        prefix = run(options)
-        counts = read_manifest(prefix)["counts"]
-        print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
-        print_shares(options.input_prefix, prefix, options.domain_field or "domain")
-    except (ValueError, OSError) as error:
-        print(f"subset_index: {error}", file=sys.stderr)
-        return 1
+    prefix = run(options)
+    counts = read_manifest(prefix)["counts"]
+    print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+    print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 
 
