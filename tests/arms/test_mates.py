@@ -34,8 +34,8 @@ from megatron_bliss.target.state import MOMENTS
 from megatron_bliss.target.trainer import TargetTrainer
 from megatron_bliss.target.weights import full_weights
 from tests.distributed import run_distributed
-from tests.report.runs import check_page
-from tests.run.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
+from tests.report.run_folders import check_page
+from tests.runs import command, metric_lines, run
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
@@ -352,7 +352,7 @@ def test_rank_correlation() -> None:
     assert mates.spearman(ties, np.ones(4)) == 0
 
 
-def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(corpus, folder, *RUN)
     assert result.returncode == 0, result.stderr

@@ -10,17 +10,16 @@ from megatron_bliss.evaluation import evaluate_tasks
 from megatron_bliss.evaluation.vocabulary import VocabularyPart, predict
 from tests.distributed import run_distributed
 from tests.evaluation import worlds
-from tests.evaluation.conftest import World
-from tests.evaluation.test_parity import (
+from tests.evaluation.answers import (
     TOLERANCE,
     TRAINED,
     as_requests,
     assert_same_answers,
     assert_same_results,
-    proxy,
     some_generations,
     some_texts,
 )
+from tests.evaluation.conftest import World
 from tests.targets import grouped, layout
 
 LAYOUTS = {2: [(2, 1, False), (2, 1, True), (1, 2, False), (1, 1, False)], 4: [(2, 2, False)]}
@@ -65,7 +64,7 @@ def run_layouts(rank: int, size: int, layouts: list, folders: dict, data_dir, pa
             model = worlds.target_model(folders["llama_trained"], layout(*sizes), groups, BATCH_TOKENS)
             found[sizes] = answers, document, rolling, texts, worlds.recorded_run(model, data_dir, groups)
     with grouped(layout()) as groups:
-        found["proxy"] = proxy(folders["neox_trained"], groups).loglikelihood(requests)
+        found["proxy"] = worlds.proxy_model(folders["neox_trained"], groups).loglikelihood(requests)
         found["error"] = error_of_one_rank(rank, groups, data_dir)
     found["vocabulary"] = split_vocabulary(rank)
     return found

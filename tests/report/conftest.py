@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.runs import write_whole_run
+from tests.report.run_folders import write_whole_run
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_bliss.report.page import build_report, write_report
 from megatron_bliss.report.summary import build_summary
-from tests.report.runs import check_page, write_config, write_metrics, write_stage
+from tests.report.run_folders import check_page, write_config, write_metrics, write_stage
 
 
 def test_page_of_a_whole_run_is_well_formed_and_loads_nothing(whole_run):

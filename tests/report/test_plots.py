@@ -15,7 +15,7 @@ from megatron_bliss.report.plots import (
     short_number,
     strip_chart,
 )
-from tests.report.runs import Page
+from tests.report.run_folders import Page
 
 
 def test_running_mean_leaves_gaps_out():

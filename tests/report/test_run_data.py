@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_bliss.report.run_data import joined, read_run
-from tests.report.runs import HOSTILE
+from tests.report.run_folders import HOSTILE
 
 
 def test_report_shows_scores_of_the_arms_that_choose(whole_run):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_bliss.report.page import build_report
 from megatron_bliss.report.summary import build_summary
-from tests.report.runs import HOSTILE, check_page, write_config
+from tests.report.run_folders import HOSTILE, check_page, write_config
 from tests.results import result
 
 

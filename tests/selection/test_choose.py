@@ -16,7 +16,7 @@ from megatron_bliss.data.subset import write_subset
 from megatron_bliss.selection.choose import ARGUMENTS, LABELS, check_selection, choose_units, repetition_warnings
 from megatron_bliss.selection.policies import POLICIES
 from tests.data.corpora import documents, write_lines
-from tests.run.test_rounds import corpus, run, write_texts  # noqa: F401 - corpus is a fixture
+from tests.runs import run, write_texts
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_repetition_is_warned_of():
     assert "5,000 tokens of a selection that has 1,000: 5.0 epochs" in warning and "selection.fraction" in warning
 
 
-def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):  # noqa: F811 - the fixture
+def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):
     for number in range(3):
         write_texts(tmp_path / f"part{number}.jsonl", 30 + 10 * number, number)
     inputs = [str(tmp_path / f"part{number}.jsonl") for number in range(3)]

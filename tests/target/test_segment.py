@@ -17,7 +17,6 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import barrier
 from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, TargetConfig
 from megatron_bliss.target.checkpoint import save_target
-from megatron_bliss.target.log import MEASURED
 from megatron_bliss.target.model import last_hidden_states, output_weight
 from megatron_bliss.target.segment import evaluate_loss, load_target
 from megatron_bliss.target.trainer import kernel_name, squared_norm
@@ -28,25 +27,23 @@ from tests.targets import (
     PRETRAINING,
     SEQ_LENGTH,
     VOCAB_SIZE,
+    evaluator,
     grouped,
     layout,
     make_batches,
     make_corpus,
     make_target,
     train,
+    without_times,
+    written,
 )
 
-TIMES = ("time", *MEASURED)
 STEPS = int(os.environ.get("CURVE_STEPS", "20"))
 """Iterations of the curves that are compared over layouts: CURVE_STEPS=50 pytest ... for longer ones."""
 
 
 def curve(entries: list[dict], name: str) -> np.ndarray:
     return np.array([entry[name] for entry in entries if name in entry])
-
-
-def evaluator(groups):
-    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
 
 
 def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
@@ -155,10 +152,6 @@ def kill_at(iteration: int, groups):
     return evaluate
 
 
-def without_times(entries: list[dict]) -> list[dict]:
-    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
-
-
 def interrupt_and_resume(
     rank: int, world_size: int, prefix: str, folder: str, config, platform, changes: dict | None = None
 ) -> tuple:
@@ -183,12 +176,6 @@ def interrupt_and_resume(
         same = len({written(result.checkpoint) for result in (whole, resumed)}) == 1
         leftovers = sorted(path.name for path in resumed.checkpoint.parent.glob(".*"))
     return whole.evaluations, resumed.evaluations, whole_entries, resumed_entries, same, leftovers
-
-
-def written(path: Path) -> tuple[str, ...]:
-    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
-    files = checkpoint.read_manifest(path)["files"]
-    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
 
 
 def check_resumed(outcome: tuple) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.report.runs import check_page, write_config
+from tests.report.run_folders import check_page, write_config
 
 
 def test_command_writes_the_page_and_refuses_a_wrong_folder(tmp_path):
