@@ -45,7 +45,7 @@ from megatron_bliss.target.segment import evaluate_loss
 from megatron_bliss.target.sequences import MicroBatch
 from megatron_bliss.target.trainer import TargetTrainer
 from tests.bilevel.problems import architecture, random_batch, random_teacher, random_weights, score_model
-from tests.bilevel.test_train import CONFIG, OPTIMIZER, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.bilevel.trainers import CONFIG, OPTIMIZER, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.claimed_cuda import PlacementError, claimed_cuda, to_cpu
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_batches

@@ -18,7 +18,7 @@ from megatron_bliss.config.config import PlatformConfig
 from megatron_bliss.models.loop import run_steps
 from megatron_bliss.target.segment import evaluate_loss, load_target
 from megatron_bliss.target.state import boxes
-from tests.bilevel.test_train import CONFIG, make_trainer
+from tests.bilevel.trainers import CONFIG, make_trainer
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
 
