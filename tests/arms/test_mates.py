@@ -342,7 +342,7 @@ def test_too_small_a_shard_is_refused(folder: Path, tmp_path: Path) -> None:
         scored(folder, tmp_path / "parts", source=small)
 
 
-def test_rank_correlation() -> None:
+def test_rank_correlation_is_that_of_the_ranks_with_ties_shared() -> None:
     generator = np.random.default_rng(0)
     left, right = generator.permutation(50), generator.permutation(50)
     assert mates.spearman(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
@@ -352,7 +352,7 @@ def test_rank_correlation() -> None:
     assert mates.spearman(ties, np.ones(4)) == 0
 
 
-def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(corpus, folder, *RUN)
     assert result.returncode == 0, result.stderr

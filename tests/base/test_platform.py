@@ -23,7 +23,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu():
         platform.choose_device(PlatformConfig(device="cuda"), 0)
 
 
-def test_dtype():
+def test_weights_are_in_the_precision_that_was_asked_for():
     assert platform.choose_dtype(PlatformConfig()) == torch.float32
     assert platform.choose_dtype(PlatformConfig(params_dtype="bf16")) == torch.bfloat16
 

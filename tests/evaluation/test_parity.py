@@ -42,13 +42,13 @@ def test_there_is_something_to_get_wrong(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", worlds.MODELS)
-def test_target_in_one_process(world: World, name: str) -> None:
+def test_a_target_gives_lm_evals_answers(world: World, name: str) -> None:
     with grouped(layout()) as groups:
         check_model(worlds.target_model(world.models[name], layout(), groups), world, name)
 
 
 @pytest.mark.parametrize("name", worlds.MODELS)
-def test_proxy_and_export(world: World, name: str) -> None:
+def test_a_proxy_and_an_export_give_lm_evals_answers(world: World, name: str) -> None:
     folder = world.models[name]
     exported = HuggingFaceModel(folder, batch_tokens=200)
     assert exported.max_length == worlds.MAX_LENGTH
@@ -57,7 +57,7 @@ def test_proxy_and_export(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_rolling_and_greedy_texts(world: World, name: str) -> None:
+def test_rolling_likelihoods_and_greedy_texts_are_lm_evals(world: World, name: str) -> None:
     reference = huggingface_reference(world.models[name], batch_size=1)
     with grouped(layout()) as groups:
         model = worlds.target_model(world.models[name], layout(), groups)
@@ -68,7 +68,7 @@ def test_rolling_and_greedy_texts(world: World, name: str) -> None:
     assert len(set(texts)) > 1
 
 
-def test_spaces_and_empty_contexts(world: World) -> None:
+def test_spaces_and_empty_contexts_are_cut_as_lm_eval_cuts_them(world: World) -> None:
     pairs = [("", "aa bb"), ("", "<|endoftext|>aa bb"), ("aa bb ", "cc"), ("aa bb  ", " cc dd"), ("aa", "b cc")]
     pairs += [("<|endoftext|>aa", " bb")]
     requests = as_requests(pairs)
@@ -82,7 +82,7 @@ def test_spaces_and_empty_contexts(world: World) -> None:
     assert abs(found[0][0] - found[-1][0]) > 1e-2
 
 
-def test_add_bos(world: World) -> None:
+def test_a_first_token_stands_before_every_text_where_the_tokenizer_puts_one(world: World) -> None:
     """A tokenizer that puts a first token before every text, as LLaMA's does."""
     from lm_eval.models.huggingface import HFLM
 

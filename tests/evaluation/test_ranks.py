@@ -47,7 +47,7 @@ def check_vocabulary(log_likelihoods: list[float], best: list[int]) -> None:
     assert best == logits.numpy().argmax(-1).tolist() and 2 in best and 9 not in best
 
 
-def test_whole_vocabulary() -> None:
+def test_likelihoods_are_those_of_a_softmax_over_the_vocabulary() -> None:
     weight, hidden, places, targets = vocabulary_problem()
     found = predict(VocabularyPart(weight), hidden, places, targets)
     check_vocabulary(found.log_likelihoods.tolist(), found.best.tolist())
@@ -88,7 +88,7 @@ def split_vocabulary(rank: int) -> list[list]:
 
 
 @pytest.mark.parametrize("size", LAYOUTS)
-def test_target_in_parallel_layouts(world: World, size: int) -> None:
+def test_every_layout_gives_lm_evals_answers_on_every_rank(world: World, size: int) -> None:
     folders = {name: world.models[name] for name in TRAINED}
     pairs = [request.args for request in world.some]
     ranks = run_distributed(run_layouts, size, LAYOUTS[size], folders, world.data_dir, pairs)

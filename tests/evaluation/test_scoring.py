@@ -111,7 +111,7 @@ def test_nan_weights_are_an_error(world: World) -> None:
             model.loglikelihood(world.some[:3])
 
 
-def test_what_is_refused(world: World) -> None:
+def test_requests_that_cannot_be_answered_are_refused(world: World) -> None:
     folder = world.models["neox_trained"]
     tokenizer = load_tokenizer("huggingface", folder)
     with grouped(layout()) as groups:

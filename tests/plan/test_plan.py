@@ -1,5 +1,5 @@
 """What a plan says follows from the options alone; that it comes true is tested in run/test_rounds.py and
-models/test_target_memory.py."""
+target/test_memory.py."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_speedup_is_unchanged_by_the_unit_of_the_axis():
     assert speedup(in_steps[1], in_steps[0]) == pytest.approx(speedup(RANDOM, bliss), rel=1e-12)
 
 
-def test_reading_a_curve_at_a_point_and_back():
+def test_reading_a_loss_and_where_it_is_reached_are_inverse():
     assert loss_at(RANDOM, 250) == pytest.approx(6.5)
     assert loss_at(RANDOM, 400) == 5.0
     assert loss_at(RANDOM, 401) is None and loss_at(RANDOM, 99) is None

@@ -49,7 +49,7 @@ def test_report_of_a_half_finished_run_says_what_is_missing(tmp_path):
     assert "What selection was worth" not in page.text and "Sample documents" not in page.text
 
 
-def test_report_of_a_run_with_one_arm_and_one_evaluation(tmp_path):
+def test_a_run_with_one_arm_and_one_evaluation_has_no_speed_up(tmp_path):
     text = write_config(tmp_path, arms="bliss", rounds=1)
     measured = {"bliss": [{"iteration": 50, "tokens": 100, "losses": {"lambada": 5.0}}]}
     summary = build_summary(measured, stages=[], domains_by_field={}, seed=7, config_text=text)
@@ -58,7 +58,7 @@ def test_report_of_a_run_with_one_arm_and_one_evaluation(tmp_path):
     assert "No speed-up" in page.text and "5.0000" in page.text
 
 
-def test_report_of_an_empty_folder_and_of_none(tmp_path):
+def test_an_empty_folder_has_a_page_and_a_missing_one_an_error(tmp_path):
     page = check_page(build_report(tmp_path))
     assert "config.yaml is not there yet" in page.text and "metrics.jsonl is not there yet" in page.text
     with pytest.raises(ValueError, match="found no folder .*nowhere, expected a run folder"):

@@ -45,7 +45,7 @@ def test_curves_hold_tokens_value_and_error():
     assert perplexity_curves(RUN["bliss"]) == {"x": [[100, 50.0], [200, 49.0], [300, 48.0]]}
 
 
-def test_summary_and_its_json():
+def test_the_summary_holds_the_tasks_and_is_json():
     made = summary()
     assert made == json.loads(json.dumps(made))
     assert made["task_speedup"] == pytest.approx(300 / 175) == made["task_speedups"]["random"]

@@ -55,14 +55,14 @@ def test_arms_stand_side_by_side_in_each_round(tmp_path):
     assert "<script" not in source and HOSTILE[:25] in page.text  # names of tasks are text
 
 
-def test_one_arm_and_one_checkpoint(tmp_path):
+def test_one_checkpoint_of_one_arm_has_a_row_and_no_speed_up(tmp_path):
     write_run(tmp_path, {"bliss": [0.3]}, arms="bliss")
     source = build_report(tmp_path)
     check_page(source)
     assert rows(source)[0][:3] == ["warm-up", "bliss", "50"] and "fewer steps." not in source
 
 
-def test_tokens_where_steps_are_not_known(tmp_path):
+def test_tokens_stand_where_steps_are_not_known(tmp_path):
     write_run(tmp_path, {"bliss": [0.3, 0.4], "random": [0.3, 0.4]}, pretraining={})
     source = build_report(tmp_path)
     assert [row[:3] for row in rows(source)][1] == ["", "bliss", "153,600 tokens"]

@@ -31,7 +31,7 @@ def test_arms_are_compared_at_equal_tokens_also_where_they_were_measured_at_othe
     assert "204,800 8.0000 - -" in lines
 
 
-def test_table_of_an_empty_run_and_hostile_labels():
+def test_an_empty_run_has_a_table_and_hostile_labels_stay_harmless():
     empty = build_summary({}, stages=[], domains_by_field={}, seed=1, config_text="")
     assert "no evaluation has finished" in format_table(empty)
     hostile = {"domain": {"pool": {"\x1b[2Jclear" + "x" * 99: 1.0}, "selected": {"bliss": {}}}}
