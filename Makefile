@@ -1,10 +1,11 @@
-# setup: environment in .venv    demo: the quickstart, end to end    test: the test suite, on the CPU
+# setup: environment in .venv (another place: VENV=...; another Python: PYTHON=...)
+# demo: the quickstart, end to end    test: the test suite, on the CPU
 # test-gpu: what needs a CUDA device    lint, format: ruff
 PYTHON ?= python3
 PIP_OPTIONS ?=
 ARGS ?=
+VENV ?= .venv
 
-VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -21,7 +22,7 @@ $(STAMP): setup.py constraints.txt
 
 # Corpus, tokenizer, preprocessing and the run itself; ARGS go to the script, such as ARGS=--short
 demo: setup
-	@BLISS_PYTHON="$(CURDIR)/$(BIN)/python" bash examples/quickstart/run.sh $(ARGS)
+	@BLISS_PYTHON="$(abspath $(BIN))/python" bash examples/quickstart/run.sh $(ARGS)
 
 # One thread a process: distributed tests start several. GPUs are hidden, because these take gloo and several ranks.
 test: setup

@@ -1,4 +1,4 @@
-"""Selection methods to compare with: each gives a shard scores as selection/scoring.py does, so selection is the same."""
+"""Selection methods to compare with: each gives the units of a shard scores."""
 
 from megatron_bliss.arms.dsir import dsir_scores
 from megatron_bliss.arms.inputs import Inputs, Scores

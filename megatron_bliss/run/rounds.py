@@ -10,6 +10,7 @@ is not run again, so the same command continues a run that was stopped anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_bliss.base.files import write_json
@@ -24,9 +25,9 @@ from megatron_bliss.report.text import format_table
 from megatron_bliss.run import corpora as run_corpora
 from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder
-from megatron_bliss.run.session import Session
+from megatron_bliss.run.session import Round, Session, warmup
 
-ROUND_STAGES: dict[str, Callable[[Session, Path, str, int], dict]] = {
+ROUND_STAGES: dict[str, Callable[[Round, Path], dict]] = {
     "bilevel": stages.learn_scores,
     "score": stages.score_shard,
     "select": stages.select_units,
@@ -56,31 +57,28 @@ def run(config: Config, groups: Groups) -> None:
 
 def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     """Every stage of the run as (folder, work), in order; only the ones that ``--stage`` names when it is given."""
-    config, folder = session.config, session.folder
-    yield folder.path / "shards", lambda path: run_corpora.make_shards(session, path)
+    config, start = session.config, warmup(session)
+    yield session.folder.path / "shards", partial(run_corpora.make_shards, session)
     if config.stage in (None, "warmup"):
-        yield folder.stage_folder("shared", 0, "target"), lambda path: target_stages.warm_up_target(session, path)
+        yield start.folder("target"), partial(target_stages.warm_up_target, session)
         if config.pretraining.decay_branch_iters:
-            branch = folder.stage_folder("shared", 0, "decay_branch")
-            yield branch, lambda path: target_stages.decay_target(session, path, "shared", 0)
-        yield folder.stage_folder("shared", 0, "proxy"), lambda path: stages.warm_up_proxy(session, path)
+            yield start.folder("decay_branch"), partial(target_stages.decay_target, start)
+        yield start.folder("proxy"), partial(stages.warm_up_proxy, session)
     if config.evaluation.tasks and (
         config.stage in (None, "warmup") or (config.stage, config.round) == ("evaluate", 0)
     ):
-        yield folder.stage_folder("shared", 0, "evaluate"), _bind(target_stages.evaluate_target, session, "shared", 0)
+        yield start.folder("evaluate"), partial(target_stages.evaluate_target, start)
     for number in range(1, config.rounds + 1):
         for arm in arm_names(config):
+            this = Round(session, arm, number)
             for stage in ROUND_STAGES:
-                if has_stage(config, arm, stage) and _is_wanted(config, number, arm, stage):
-                    yield folder.stage_folder(arm, number, stage), _bind(ROUND_STAGES[stage], session, arm, number)
+                if has_stage(config, arm, stage) and _is_wanted(this, stage):
+                    yield this.folder(stage), partial(ROUND_STAGES[stage], this)
 
 
-def _bind(stage: Callable[..., dict], session: Session, arm: str, number: int) -> Callable[[Path], dict]:
-    return lambda path: stage(session, path, arm, number)
-
-
-def _is_wanted(config: Config, number: int, arm: str, stage: str) -> bool:
-    return config.stage is None or (config.stage, config.round, config.arm) == (stage, number, arm)
+def _is_wanted(this: Round, stage: str) -> bool:
+    config = this.session.config
+    return config.stage is None or (config.stage, config.round, config.arm) == (stage, this.number, this.arm)
 
 
 def summarise(session: Session) -> dict:
@@ -105,32 +103,35 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
 
     In a run with decay branches only these count: at the same tokens they are far below the main line.
     """
-    decayed = session.config.pretraining.decay_branch_iters > 0
     curves = {}
     for arm in arm_names(session.config):
-        points = {point["iteration"]: point for point in _segment_evaluations(session, "shared", 0, decayed)}
-        for number in range(1, session.config.rounds + 1):
-            evaluate = session.folder.record(session.folder.stage_folder(arm, number, "evaluate")) or {}
-            points |= {point["iteration"]: point for point in _segment_evaluations(session, arm, number, decayed)}
+        points = {point["iteration"]: point for point in _segment_evaluations(warmup(session))}
+        for this in _rounds(session, arm):
+            evaluate = this.record("evaluate") or {}
+            points |= {point["iteration"]: point for point in _segment_evaluations(this)}
             points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
         curves[arm] = [points[iteration] for iteration in sorted(points)]
     return curves
+
+
+def _rounds(session: Session, arm: str) -> list[Round]:
+    return [Round(session, arm, number) for number in range(1, session.config.rounds + 1)]
 
 
 def _task_results(session: Session) -> dict[str, list[dict]]:
     """Per arm {"tokens", "result"} of every checkpoint evaluated on tasks, the shared warm-up's first."""
     found = {}
     for arm in arm_names(session.config):
-        folders = [session.folder.stage_folder(arm, n, "evaluate") for n in range(session.config.rounds + 1)]
-        records = [record for record in map(session.folder.record, folders) if record and "tasks" in record]
-        found[arm] = [{"tokens": one["evaluation"]["tokens"], "result": one["tasks"]} for one in records]
+        records = [this.record("evaluate") for this in (warmup(session), *_rounds(session, arm))]
+        evaluated = [record for record in records if record and "tasks" in record]
+        found[arm] = [{"tokens": one["evaluation"]["tokens"], "result": one["tasks"]} for one in evaluated]
     return {arm: points for arm, points in found.items() if points}
 
 
-def _segment_evaluations(session: Session, arm: str, number: int, decayed: bool) -> list[dict]:
+def _segment_evaluations(this: Round) -> list[dict]:
     """What a segment measured on its way, or its decay branch at its end."""
-    stage = "decay_branch" if decayed else "pretrain" if number else "target"
-    record = session.folder.record(session.folder.stage_folder(arm, number, stage)) or {}
+    decayed = this.session.config.pretraining.decay_branch_iters > 0
+    record = this.record("decay_branch" if decayed else "pretrain" if this.number else "target") or {}
     return [record["evaluation"]] if decayed and record else record.get("evaluations", [])
 
 
@@ -147,8 +148,8 @@ def _domains(session: Session) -> dict[str, dict]:
 def _selected_shares(session: Session, arm: str, field: str) -> dict[str, float]:
     """Shares of an arm's selections, all rounds together, by units."""
     counts: dict[str, float] = {}
-    for number in range(1, session.config.rounds + 1):
-        record = session.folder.record(session.folder.stage_folder(arm, number, "select")) or {}
+    for this in _rounds(session, arm):
+        record = this.record("select") or {}
         for name, share in record.get("domains", {}).get(field, {}).items():
             counts[name] = counts.get(name, 0.0) + share * record["units"]
     total = sum(counts.values())

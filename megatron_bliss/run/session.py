@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups
@@ -64,3 +65,48 @@ class Session:
         """This rank's batches of a source, in an order that ``purpose`` and the run's seed determine."""
         seed = derive_seed(self.config.seed, *purpose)
         return BatchSchedule(source, batch_size, seed=seed, rank=self.groups.rank, world_size=self.groups.world_size)
+
+
+SHARED = "shared"
+"""In the place of an arm: what all arms have in common, which is the warm-up."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one arm, which most stages work for. Round 0 is the warm-up, which all arms share."""
+
+    session: Session
+    arm: str
+    number: int
+
+    @property
+    def before(self) -> Round:
+        """The round that this one goes on from."""
+        return Round(self.session, self.arm, self.number - 1)
+
+    @property
+    def labels(self) -> dict[str, object]:
+        """What names the round in ``metrics.jsonl``."""
+        return {"arm": self.arm, "round": self.number}
+
+    def folder(self, stage: str) -> Path:
+        """``ARM/round_01/STAGE``, or ``warmup/STAGE``."""
+        return self.session.folder.stage_folder(self.arm, self.number, stage)
+
+    def record(self, stage: str) -> dict | None:
+        """What a finished stage of the round left in ``done.json``, or None."""
+        return self.session.folder.record(self.folder(stage))
+
+    def require(self, stage: str, needed_by: str) -> tuple[Path, dict]:
+        """Folder and record of a stage that has to be finished before ``needed_by`` can start."""
+        folder = self.folder(stage)
+        return folder, self.session.folder.require(folder, needed_by)
+
+    def seed(self, *purpose: object) -> int:
+        """A seed of its own for a purpose of this round."""
+        return derive_seed(self.session.config.seed, *purpose, self.arm, self.number)
+
+
+def warmup(session: Session) -> Round:
+    """The round that every arm begins from."""
+    return Round(session, SHARED, 0)

@@ -30,7 +30,7 @@ from megatron_bliss.models.loop import Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guiding_prefix, shard_prefix, shares_by_field
-from megatron_bliss.run.session import Session, derive_seed
+from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.choose import choose_units, repetition_warnings
 from megatron_bliss.selection.scoring import gather_scores, save_array, score_units
@@ -50,39 +50,39 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
     source = UnitDataset(shard_prefix(session, 0), config.data.seq_length, session.vocab_size)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
     trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
-    _run_trainer(session, trainer, config.proxy.warmup_iters, folder, "shared", 0, "proxy")
+    _run_trainer(warmup(session), trainer, config.proxy.warmup_iters, folder, "proxy")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
     return {"flops": proxy_warmup_flops(config.proxy, session.proxy_architecture, config.data.seq_length)}
 
 
-def learn_scores(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def learn_scores(this: Round, folder: Path) -> dict:
     """Train the score model (and the proxy) by bilevel optimisation on this round's shard."""
-    config = session.config
-    proxy = _start_proxy(session, arm, round_number)
-    score_model = _start_score_model(session, arm, round_number, proxy)
-    teacher = _teacher(session, arm, round_number) if config.bilevel.kl_weight > 0 else None
-    train = UnitDataset(shard_prefix(session, round_number), config.data.seq_length, session.vocab_size)
+    session, config = this.session, this.session.config
+    proxy = _start_proxy(this)
+    score_model = _start_score_model(this, proxy)
+    teacher = _teacher(this) if config.bilevel.kl_weight > 0 else None
+    train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size)
     trainer = BilevelTrainer(
         config.bilevel,
         proxy,
         score_model,
         teacher,
-        session.schedule(train, config.bilevel.global_batch_size, "bilevel", round_number),
-        session.schedule(validation, config.bilevel.validation_batch_size, "validation", round_number),
+        session.schedule(train, config.bilevel.global_batch_size, "bilevel", this.number),
+        session.schedule(validation, config.bilevel.validation_batch_size, "validation", this.number),
         session.world,
     )
     warnings = trainer.check_precision()
     for warning in warnings if session.groups.is_main else []:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    _run_trainer(session, trainer, config.bilevel.upper_iters, folder, arm, round_number, "bilevel")
+    _run_trainer(this, trainer, config.bilevel.upper_iters, folder, "bilevel")
     state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
     described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
     _save_final(session, folder, state | described)
     models = session.proxy_architecture, session.target_architecture
     flops = bilevel_flops(config.bilevel, *models, config.data.seq_length)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
-    advice = validation_advice([*_validation_losses(session, arm, round_number), loss])
+    advice = validation_advice([*_validation_losses(this), loss])
     if advice:
         warnings = [*warnings, advice]
         if session.groups.is_main:
@@ -90,32 +90,32 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
     return {"flops": flops, "validation_loss": loss, "warnings": warnings}
 
 
-def _validation_losses(session: Session, arm: str, round_number: int) -> list[float]:
+def _validation_losses(this: Round) -> list[float]:
     """The proxy's validation loss at the end of every round before this one."""
-    folders = [session.folder.stage_folder(arm, number, "bilevel") for number in range(1, round_number)]
-    return [session.folder.require(folder, "bilevel")["validation_loss"] for folder in folders]
+    before = [dataclasses.replace(this, number=number) for number in range(1, this.number)]
+    return [one.require("bilevel", "bilevel")[1]["validation_loss"] for one in before]
 
 
-def score_shard(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def score_shard(this: Round, folder: Path) -> dict:
     """Give every unit of this round's shard a score, by the score model or by the arm's baseline."""
-    prefix = shard_prefix(session, round_number)
+    session = this.session
+    prefix = shard_prefix(session, this.number)
     source, parts = UnitDataset(prefix, session.config.data.seq_length, session.vocab_size), folder / "parts"
-    score = _score_by_model if arm == "bliss" else _score_by_baseline
-    scores = score(session, parts, arm, round_number, source)
+    score = _score_by_model if this.arm == "bliss" else _score_by_baseline
+    scores = score(this, parts, source)
     with failing_together(session.groups):
         if session.groups.is_main:
-            settings = {"corpus_digest": corpus_digest(prefix), "arm": arm, "round": round_number}
+            settings = {"corpus_digest": corpus_digest(prefix), **this.labels}
             save_array(folder / "scores.npy", scores.values)
             write_json(folder / "scores.json", settings | scores.settings)
             shutil.rmtree(parts, ignore_errors=True)
     return {"flops": scores.flops, "warnings": scores.warnings}
 
 
-def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
+def _score_by_model(this: Round, parts: Path, source: UnitDataset) -> Scores:
     """One forward pass of the round's score model."""
-    config, groups = session.config, session.groups
-    bilevel_folder = session.folder.stage_folder(arm, round_number, "bilevel")
-    session.folder.require(bilevel_folder, "score")
+    session, config, groups = this.session, this.session.config, this.session.groups
+    bilevel_folder, _ = this.require("bilevel", "score")
     state_path = bilevel_folder / FINAL_STATE
     settings = {"model_digest": sha256_file(state_path), "activation": config.score.activation}
     settings["params_dtype"] = config.scoring.params_dtype
@@ -133,67 +133,68 @@ def _score_by_model(session: Session, parts: Path, arm: str, round_number: int, 
             world_size=groups.world_size,
             device=groups.device,
             show_progress=session.show_progress,
-            description=f"round {round_number} score",
+            description=f"round {this.number} score",
         )
     flops = scoring_flops(source.corpus.num_tokens, session.proxy_architecture, config.data.seq_length)
     with failing_together(groups):  # by now every rank has written its blocks
         return Scores(gather_scores(blocks, len(source)) if groups.is_main else None, settings, flops)
 
 
-def _score_by_baseline(session: Session, parts: Path, arm: str, round_number: int, source: UnitDataset) -> Scores:
+def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
     """The arm's own method on the same shard and guiding set."""
-    config, groups = session.config, session.groups
+    session, config, groups = this.session, this.session.config, this.session.groups
 
     def checkpoint_path() -> Path:  # asked for by methods that look at the target only
-        return target_checkpoint(session, arm, round_number - 1)
+        return target_checkpoint(this.before)
 
     def train(trainer: Trainer, steps: int) -> None:
         folder = parts / "training"
         folder.mkdir(parents=True, exist_ok=True)
-        _run_trainer(session, trainer, steps, folder, arm, round_number, "score")
+        _run_trainer(this, trainer, steps, folder, "score")
 
     inputs = Inputs(
         source=source,
         reference=open_labelled(guiding_prefix(session), config.data.seq_length, session.vocab_size),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
-        seed=derive_seed(config.seed, "score", arm, round_number),
+        seed=this.seed("score"),
         folder=parts,
         groups=groups,
         micro_batch_size=config.scoring.micro_batch_size,
         show_progress=session.show_progress,
-        description=f"round {round_number}",
+        description=f"round {this.number}",
         load_target=lambda: load_saved_target(session, checkpoint_path(), params_dtype="fp32"),
         load_moments=lambda target: load_moments(checkpoint_path(), target, groups),
         target_architecture=session.target_architecture,
         target_optimizer=config.pretraining.optimizer,
-        new_score_model=lambda: _new_regressor(session, arm, round_number),
+        new_score_model=lambda: _new_regressor(this),
         train=train,
     )
-    return BASELINES[arm](config.baselines, inputs)
+    return BASELINES[this.arm](config.baselines, inputs)
 
 
-def _new_regressor(session: Session, arm: str, round_number: int) -> ScoreModel:
+def _new_regressor(this: Round) -> ScoreModel:
     """A score model without activation on the warmed-up proxy's trunk."""
-    proxy = _saved_proxy(session, session.folder.stage_folder("shared", 0, "proxy"), "score")
+    session = this.session
+    proxy = _saved_proxy(session, warmup(session).folder("proxy"), "score")
     config = dataclasses.replace(session.config.score, activation="identity", head_init_std=0.0)
-    seed = derive_seed(session.config.seed, "regressor", arm, round_number)
+    seed = this.seed("regressor")
     return build_score_model(
         config, session.proxy_architecture, seed=seed, trunk_from=proxy, device=session.groups.device
     )
 
 
-def select_units(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
-    config, prefix, selected = session.config, shard_prefix(session, round_number), ""
+    session, config, selected = this.session, this.session.config, ""
+    prefix = shard_prefix(session, this.number)
     round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
-    score_folder = session.folder.stage_folder(arm, round_number, "score")
-    session.folder.require(score_folder, "select")
+    score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
         if session.groups.is_main:
             settings = read_json(score_folder / "scores.json")
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
-            seed = derive_seed(config.seed, "select", arm, round_number)
+            seed = this.seed("select")
             selection = dataclasses.replace(config.selection, tokens=config.selection.tokens or round_tokens)
             ids, policy, label = choose_units(prefix, scores, selection, seed=seed)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
@@ -219,12 +220,12 @@ def _new_proxy(session: Session) -> LanguageModel:
     return build_lm(session.proxy_architecture, seed=seed, device=session.groups.device)
 
 
-def _start_proxy(session: Session, arm: str, round_number: int) -> LanguageModel:
+def _start_proxy(this: Round) -> LanguageModel:
     """The proxy a round starts from: its warm-up, or the last round's where the options say so."""
-    folder = session.folder.stage_folder("shared", 0, "proxy")
-    if not session.config.proxy.restart_each_round and round_number > 1:
-        folder = session.folder.stage_folder(arm, round_number - 1, "bilevel")
-    return _saved_proxy(session, folder, "bilevel")
+    folder = warmup(this.session).folder("proxy")
+    if not this.session.config.proxy.restart_each_round and this.number > 1:
+        folder = this.before.folder("bilevel")
+    return _saved_proxy(this.session, folder, "bilevel")
 
 
 def _saved_proxy(session: Session, folder: Path, needed_for: str) -> LanguageModel:
@@ -243,24 +244,25 @@ def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreMode
     )
 
 
-def _start_score_model(session: Session, arm: str, round_number: int, proxy: LanguageModel) -> ScoreModel:
+def _start_score_model(this: Round, proxy: LanguageModel) -> ScoreModel:
     """The score model a round starts from: the last round's, or a new one on the warmed-up proxy's or a fresh trunk."""
-    config = session.config.score
-    model = _new_score_model(session, proxy if config.init_from == "proxy" else None)
-    if config.carry_over and round_number > 1:
-        folder = session.folder.stage_folder(arm, round_number - 1, "bilevel")
-        session.folder.require(folder, f"bilevel of round {round_number}")
+    config = this.session.config.score
+    model = _new_score_model(this.session, proxy if config.init_from == "proxy" else None)
+    if config.carry_over and this.number > 1:
+        folder, _ = this.before.require("bilevel", f"bilevel of round {this.number}")
         model.load_state_dict(checkpoint.load_state(folder / FINAL_STATE)["score_model"])
     return model
 
 
-def _teacher(session: Session, arm: str, round_number: int) -> TargetTeacher:
+def _teacher(this: Round) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
-    target = load_saved_target(session, target_checkpoint(session, arm, round_number - 1))
+    session = this.session
+    target = load_saved_target(session, target_checkpoint(this.before))
     return TargetTeacher(target, session.groups, session.vocab_size, offload=session.config.bilevel.offload_target)
 
 
-def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, round_number: int, stage: str) -> None:
+def _run_trainer(this: Round, trainer: Trainer, steps: int, folder: Path, stage: str) -> None:
+    session = this.session
     run_steps(
         trainer,
         steps,
@@ -268,7 +270,7 @@ def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, 
         save_interval=session.config.checkpoint.save_interval,
         log_interval=session.config.logging.log_interval,
         metrics=session.metrics,
-        labels={"arm": arm, "round": round_number, "stage": stage},
+        labels={**this.labels, "stage": stage},
         groups=session.groups,
         show_progress=session.show_progress,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_bliss.data.batches import Batch, open_labelled
 from megatron_bliss.data.splits import blend
 from megatron_bliss.run.corpora import held_out_prefixes, shard_prefix
-from megatron_bliss.run.session import Session, derive_seed
+from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.target.decay_branch import STAGE as DECAY_BRANCH
 from megatron_bliss.target.decay_branch import train_decay_branch
 from megatron_bliss.target.model import Target
@@ -23,35 +23,34 @@ from megatron_bliss.target.segment import evaluate_loss, load_target, train_segm
 
 def warm_up_target(session: Session, folder: Path) -> dict:
     """Train the target on the random warm-up shard."""
-    return _train_target(session, folder, "shared", 0, shard_prefix(session, 0), start=None)
+    return _train_target(warmup(session), folder, shard_prefix(session, 0), start=None)
 
 
-def pretrain_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def pretrain_target(this: Round, folder: Path) -> dict:
     """Train the target on this round's selection, from the last round's checkpoint."""
-    start = target_checkpoint(session, arm, round_number - 1)
-    return _train_target(session, folder, arm, round_number, _selected_prefix(session, arm, round_number), start)
+    return _train_target(this, folder, _selected_prefix(this), start=target_checkpoint(this.before))
 
 
-def decay_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def decay_target(this: Round, folder: Path) -> dict:
     """Train a copy of the target on while its learning rate falls, and evaluate it in the main line's place."""
-    training = session.config.pretraining
-    prefix = _selected_prefix(session, arm, round_number) if round_number else shard_prefix(session, 0)
+    session, training = this.session, this.session.config.pretraining
+    prefix = _selected_prefix(this) if this.number else shard_prefix(session, 0)
     result = train_decay_branch(
-        **_segment_options(session, folder, arm, round_number),
-        start=target_checkpoint(session, arm, round_number),
+        **_segment_options(this, folder),
+        start=target_checkpoint(this),
         data_prefix=prefix,
-        seed=derive_seed(session.config.seed, "decay branch data", round_number),
-        first_iteration=training.warmup_iters + round_number * training.train_iters,
+        seed=derive_seed(session.config.seed, "decay branch data", this.number),
+        first_iteration=training.warmup_iters + this.number * training.train_iters,
     )
-    evaluation = _evaluation(session, round_number, result.evaluations[-1][2])
+    evaluation = _evaluation(this, result.evaluations[-1][2])
     return {"evaluation": evaluation, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
 
 
-def evaluate_target(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def evaluate_target(this: Round, folder: Path) -> dict:
     """Losses and task results of the checkpoint that stands for the round, as read back from disk (0: the warm-up)."""
-    config = session.config
-    target = load_saved_target(session, evaluation_checkpoint(session, arm, round_number))
-    evaluation = _evaluation(session, round_number, _test_losses(session)(target))
+    session, config = this.session, this.session.config
+    target = load_saved_target(session, evaluation_checkpoint(this))
+    evaluation = _evaluation(this, _test_losses(session)(target))
     if not config.evaluation.tasks:
         return {"evaluation": evaluation, "flops": 0.0}
     from megatron_bliss.evaluation.stage import evaluate_checkpoint, task_metrics  # lm-eval takes seconds to import
@@ -63,55 +62,57 @@ def evaluate_target(session: Session, folder: Path, arm: str, round_number: int)
         folder,
         train_prefix=config.data.train_prefix,
         max_length=config.data.seq_length,
-        label=f"{arm}, round {round_number}" if round_number else "warm-up",
+        label=f"{this.arm}, round {this.number}" if this.number else "warm-up",
         show_progress=session.show_progress,
     )
-    session.metrics.truncate(arm, round_number, "evaluate", -1)  # of an attempt that was killed before it was finished
-    session.metrics.log(evaluation["iteration"], task_metrics(result), arm=arm, round=round_number, stage="evaluate")
+    session.metrics.truncate(
+        this.arm, this.number, "evaluate", -1
+    )  # of an attempt that was killed before it was finished
+    session.metrics.log(evaluation["iteration"], task_metrics(result), **this.labels, stage="evaluate")
     return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
 
 
-def evaluation_checkpoint(session: Session, arm: str, round_number: int) -> Path:
+def evaluation_checkpoint(this: Round) -> Path:
     """The target by which a round is judged (round 0: the warm-up): its decay branch, where the run has them."""
-    if not session.config.pretraining.decay_branch_iters:
-        return target_checkpoint(session, arm, round_number)
-    folder = session.folder.stage_folder(arm, round_number, DECAY_BRANCH)
-    return folder / session.folder.require(folder, "an evaluation of this target")["checkpoint"]
+    if not this.session.config.pretraining.decay_branch_iters:
+        return target_checkpoint(this)
+    folder, record = this.require(DECAY_BRANCH, "an evaluation of this target")
+    return folder / record["checkpoint"]
 
 
-def _evaluation(session: Session, round_number: int, losses: dict[str, float]) -> dict:
+def _evaluation(this: Round, losses: dict[str, float]) -> dict:
     """A point of the arm's curve. It stands at the main line's tokens: what a decay branch read is not counted."""
-    training = session.config.pretraining
-    iteration = training.warmup_iters + round_number * training.train_iters
-    tokens = iteration * training.global_batch_size * session.config.data.seq_length
+    training = this.session.config.pretraining
+    iteration = training.warmup_iters + this.number * training.train_iters
+    tokens = iteration * training.global_batch_size * this.session.config.data.seq_length
     return {"iteration": iteration, "tokens": tokens, "losses": losses}
 
 
-def _selected_prefix(session: Session, arm: str, round_number: int) -> str:
-    folder = session.folder.stage_folder(arm, round_number, "select")
-    return str(folder / session.folder.require(folder, "pretrain")["prefix"])
+def _selected_prefix(this: Round) -> str:
+    folder, record = this.require("select", "pretrain")
+    return str(folder / record["prefix"])
 
 
-def _train_target(session: Session, folder: Path, arm: str, round_number: int, prefix: str, start: Path | None) -> dict:
-    training = session.config.pretraining
+def _train_target(this: Round, folder: Path, prefix: str, start: Path | None) -> dict:
+    session, number, training = this.session, this.number, this.session.config.pretraining
     result = train_segment(
-        **_segment_options(session, folder, arm, round_number),
+        **_segment_options(this, folder),
         start=start,
-        pretrained=session.config.target.pretrained_checkpoint if round_number == 0 else None,
+        pretrained=session.config.target.pretrained_checkpoint if number == 0 else None,
         data_prefix=prefix,
-        seed=derive_seed(session.config.seed, "target data", round_number),
-        first_iteration=0 if round_number == 0 else training.warmup_iters + (round_number - 1) * training.train_iters,
-        last_iteration=training.warmup_iters + round_number * training.train_iters,
-        stage="pretrain" if round_number else "target",
+        seed=derive_seed(session.config.seed, "target data", number),
+        first_iteration=0 if number == 0 else training.warmup_iters + (number - 1) * training.train_iters,
+        last_iteration=training.warmup_iters + number * training.train_iters,
+        stage="pretrain" if number else "target",
     )
     points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
     record = {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
     return {**record, "skipped_iterations": result.skipped, "kernels": result.kernels}
 
 
-def _segment_options(session: Session, folder: Path, arm: str, round_number: int) -> dict:
+def _segment_options(this: Round, folder: Path) -> dict:
     """What the main line and its decay branches have in common."""
-    config = session.config
+    session, config = this.session, this.session.config
     return {
         "config": config.pretraining,
         "target_config": config.target,
@@ -127,8 +128,7 @@ def _segment_options(session: Session, folder: Path, arm: str, round_number: int
         "metrics": session.metrics,
         "log_interval": config.logging.log_interval,
         "evaluate": _test_losses(session),
-        "arm": arm,
-        "round": round_number,
+        **this.labels,
         "progress": session.show_progress,
         "num_workers": config.data.num_workers,
         "blend": blend(config.data),
@@ -137,11 +137,10 @@ def _segment_options(session: Session, folder: Path, arm: str, round_number: int
     }
 
 
-def target_checkpoint(session: Session, arm: str, round_number: int) -> Path:
+def target_checkpoint(this: Round) -> Path:
     """The target as a round left it (round 0: the warm-up, shared by all arms)."""
-    stage = "target" if round_number == 0 else "pretrain"
-    folder = session.folder.stage_folder(arm, round_number, stage)
-    return folder / session.folder.require(folder, "a stage that needs this target")["checkpoint"]
+    folder, record = this.require("pretrain" if this.number else "target", "a stage that needs this target")
+    return folder / record["checkpoint"]
 
 
 def load_saved_target(session: Session, path: Path, params_dtype: str | None = None) -> Target:
