@@ -34,8 +34,8 @@ def test_importing_changes_nothing_and_patches_apply_once():
     program = """
 import resource
 import torch
-from megatron_bliss import platform
-from megatron_bliss.config import PlatformConfig
+from megatron_bliss.base import platform
+from megatron_bliss.config.config import PlatformConfig
 assert torch.ones(1).type() == "torch.FloatTensor"
 platform.prepare(PlatformConfig(), 0, 1)
 current_device, type_name = torch.cuda.current_device, torch.Tensor.type
