@@ -17,8 +17,10 @@ from megatron_bliss.base.files import write_json
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, barrier
 from megatron_bliss.config.config import Config
+from megatron_bliss.report.costs import read_stages
 from megatron_bliss.report.page import write_report
-from megatron_bliss.report.summary import build_summary, format_table, read_stages
+from megatron_bliss.report.summary import build_summary
+from megatron_bliss.report.text import format_table
 from megatron_bliss.run import corpora as run_corpora
 from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder

@@ -35,8 +35,8 @@ from megatron_bliss.target.state import MOMENTS
 from megatron_bliss.target.trainer import TargetTrainer
 from megatron_bliss.target.weights import full_weights
 from tests.distributed import run_distributed
-from tests.report.test_page import check_page
-from tests.run.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
+from tests.report.run_folders import check_page
+from tests.runs import command, metric_lines, run
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
@@ -344,7 +344,7 @@ def test_too_small_a_shard_is_refused(folder: Path, tmp_path: Path) -> None:
         scored(folder, tmp_path / "parts", source=small)
 
 
-def test_rank_correlation() -> None:
+def test_rank_correlation_is_that_of_the_ranks_with_ties_shared() -> None:
     generator = np.random.default_rng(0)
     left, right = generator.permutation(50), generator.permutation(50)
     assert influence_model.spearman(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
@@ -354,7 +354,7 @@ def test_rank_correlation() -> None:
     assert influence_model.spearman(ties, np.ones(4)) == 0
 
 
-def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(corpus, folder, *RUN)
     assert result.returncode == 0, result.stderr
