@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bliss.base import parallel
+from megatron_bliss.base import checkpoint, parallel
 from megatron_bliss.base.metrics import MetricsLogger, read_metrics
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.target.log import MEASURED
 from megatron_bliss.target.model import Target, build_target
-from megatron_bliss.target.segment import SegmentResult, train_segment
+from megatron_bliss.target.segment import SegmentResult, evaluate_loss, train_segment
 
 VOCAB_SIZE = 100  # not a multiple of 128, and with a part of the padding on each of two ranks' halves
 SEQ_LENGTH = 16
@@ -124,3 +125,24 @@ def train(
     finally:
         metrics.close()
     return result, read_metrics(folder / "metrics.jsonl") if groups.is_main else []
+
+
+def evaluator(groups: Groups) -> Callable[[Target], dict[str, float]]:
+    """What a segment measures on its way: the loss on ``make_batches``."""
+    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
+
+
+def written(path: Path) -> tuple[str, ...]:
+    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
+    files = checkpoint.read_manifest(path)["files"]
+    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    """What a segment logged, but for what it measured of the machine."""
+    return [{name: value for name, value in entry.items() if name not in ("time", *MEASURED)} for entry in entries]
+
+
+def logged(folder: Path, groups: Groups) -> list[dict]:
+    """The lines of a folder's metrics on the main rank, none on others, without times."""
+    return without_times(read_metrics(folder / "metrics.jsonl")) if groups.is_main else []

@@ -1,11 +1,7 @@
-"""Selection methods to compare with: each gives the units of a shard scores."""
+"""The ways to score units: one file and one record (arm.py) each."""
 
-from megatron_bliss.arms.dsir import dsir_scores
-from megatron_bliss.arms.inputs import Inputs, Scores
-from megatron_bliss.arms.mates import mates_scores
-from megatron_bliss.arms.random import random_scores
+from megatron_bliss.arms.arm import Arm
+from megatron_bliss.config.choices import Choices
 
-BASELINES = {"random": random_scores, "dsir": dsir_scores, "mates": mates_scores}
-"""name -> function(BaselinesConfig, Inputs) -> Scores, called on every rank."""
-
-__all__ = ["BASELINES", "Inputs", "Scores"]
+ARMS: Choices[Arm] = Choices("megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates"))
+"""The arms by the names that ``--arms`` knows."""

@@ -1,29 +1,32 @@
-"""What a selection method is given and what it gives back: the same for every baseline."""
+"""What an arm is given to score a shard by, and what it gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import OptimizerConfig
-from megatron_bliss.data.batches import BatchSource, UnitDataset
-from megatron_bliss.models.loop import Trainer
-from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.score import ScoreModel
-from megatron_bliss.target.model import Target
-from megatron_bliss.target.state import Moments
+
+if TYPE_CHECKING:  # arms' files are imported to read options, these take seconds
+    from megatron_bliss.base.parallel import Groups
+    from megatron_bliss.data.batches import BatchSource, UnitDataset
+    from megatron_bliss.models.loop import Trainer
+    from megatron_bliss.models.presets import Architecture
+    from megatron_bliss.models.score import ScoreModel
+    from megatron_bliss.target.model import Target
+    from megatron_bliss.target.state import Moments
 
 
 @dataclass(frozen=True)
 class Inputs:
     """One round of one arm, on this rank.
 
-    A baseline is called on every rank. It scores all of ``source``, the round's shard, by what it learns from
-    ``reference``, the set that guides BLISS too.
+    An arm is called on every rank. It scores all of ``source``, the round's shard, by what it learns from
+    ``reference``, the guide of the selection.
     """
 
     source: UnitDataset
@@ -47,6 +50,8 @@ class Inputs:
     target_architecture: Architecture
     target_optimizer: OptimizerConfig
     """How the target is trained."""
+    load_score_model: Callable[[], tuple[ScoreModel, dict]]
+    """The score model of this round's bilevel stage, and what ``scores.json`` says of it."""
     new_score_model: Callable[[], ScoreModel]
     """A regressor for units: the warmed-up proxy's trunk with a new linear unit, no activation."""
     train: Callable[[Trainer, int], None]

@@ -12,20 +12,29 @@ Every data-parallel replica measures units of its own; inside one, the target li
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bliss.base.parallel import Groups
+from megatron_bliss.arms.inputs import Inputs
+from megatron_bliss.base.metrics import Progress, progress
+from megatron_bliss.base.parallel import Groups, broadcast_object, failing_together
 from megatron_bliss.data.batches import Batch
+from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
 from megatron_bliss.target.model import Target
 from megatron_bliss.target.segment import label_losses
 from megatron_bliss.target.state import Moments
+
+PROBES_PER_FILE = 16
+"""Small enough to lose little by a kill: a probe of a large target takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +114,70 @@ class Probe:
         if not total[1]:
             raise ValueError("found no labelled token in the reference samples, expected some: check the reference set")
         return (total[0] / total[1]).item()
+
+
+def draw(size: int, count: int, seed: int, purpose: int) -> np.ndarray:
+    """``count`` of ``size`` numbers without replacement, in random order; all of them where there are fewer."""
+    return np.random.Generator(np.random.PCG64([seed, purpose])).permutation(size)[:count]
+
+
+def reference_batches(inputs: Inputs, samples: int, size: int) -> list[Batch]:
+    """The round's reference samples, those of like length together, so that little of a batch is padding."""
+    ids = draw(len(inputs.reference), samples, inputs.seed, 1)
+    ids = ids[np.argsort(inputs.reference.batch(ids).lengths.numpy(), kind="stable")]
+    return [inputs.reference.batch(ids[start : start + size]) for start in range(0, len(ids), size)]
+
+
+def make_step(inputs: Inputs, optimizer: str, lr: float, clip_grad: float, target: Target) -> Step:
+    """The step that the target's training would take next (adam), or one along the gradient (sgd)."""
+    moments = inputs.load_moments(target) if optimizer == "adam" else None
+    adam = inputs.target_optimizer
+    return Step(lr, clip_grad, moments, beta1=adam.adam_beta1, beta2=adam.adam_beta2, eps=adam.adam_eps)
+
+
+def measure_influences(
+    inputs: Inputs, units: np.ndarray, reference: Sequence[Batch], step_of: Callable[[Target], Step]
+) -> np.ndarray:
+    """Influence of every unit, fp64 in their order, on every rank; what files have already is not measured again."""
+    groups, folder = inputs.groups, inputs.folder / "probes"
+    parts = [units[start : start + PROBES_PER_FILE] for start in range(0, len(units), PROBES_PER_FILE)]
+    paths = [folder / f"{number:06d}.npy" for number in range(len(parts))]
+    missing = broadcast_object([number for number, path in enumerate(paths) if not path.is_file()], groups)
+    work = [(paths[number], parts[number]) for number in missing]
+    with progress(
+        len(units),
+        description=f"{inputs.description} mates probes",
+        unit="probes",
+        enabled=inputs.show_progress,
+        initial=len(units) - sum(len(part) for _, part in work),
+    ) as bar:
+        if work:
+            folder.mkdir(parents=True, exist_ok=True)
+            _measure(inputs, work, reference, step_of, bar)
+    with failing_together(groups):
+        influences = np.concatenate([np.load(path) for path in paths]) if groups.is_main else None
+    return broadcast_object(influences, groups)
+
+
+def _measure(
+    inputs: Inputs,
+    work: list[tuple[Path, np.ndarray]],
+    reference: Sequence[Batch],
+    step_of: Callable[[Target], Step],
+    bar: Progress,
+) -> None:
+    """Replicas take files in turn; after each turn all ranks meet, so that an error of one ends the others, too."""
+    groups = inputs.groups
+    target = inputs.load_target()
+    probe = Probe(target, step_of(target), reference, groups)
+    is_writer = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
+    for first in range(0, len(work), groups.data_parallel_size):
+        turn = work[first : first + groups.data_parallel_size]
+        with failing_together(groups):
+            for path, units in turn[groups.data_parallel_rank :][:1]:  # none, where the last turn is not full
+                influences = [probe.influence(inputs.source.batch(units[i : i + 1])) for i in range(len(units))]
+                if is_writer:
+                    save_array(path, np.array(influences))
+        bar.update(sum(len(units) for _, units in turn))
+    del probe, target
+    gc.collect()  # megatron-core's hooks hold weights in reference cycles

@@ -22,7 +22,7 @@ compiled          element-wise work by torch.compile (kernels.py)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -33,9 +33,10 @@ from megatron_bliss.bilevel.memory import keeps_graph
 from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, check_direction, lower_level
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
 from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk, forward_only
+from megatron_bliss.config.bilevel import Curvature
 from megatron_bliss.models.transformer import LanguageModel
 
-CURVATURES = ("hessian", "gauss_newton")
+CURVATURES = get_args(Curvature)
 
 
 class ValueAndGradient(NamedTuple):

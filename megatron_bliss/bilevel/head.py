@@ -18,16 +18,17 @@ Shapes: N labelled positions, R those of a chunk, w hidden size, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.kernels import EAGER, Kernels
 from megatron_bliss.bilevel.vector import accumulation_dtype, add_product
+from megatron_bliss.config.bilevel import KlDirection
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
-KL_DIRECTIONS = ("proxy_to_target", "target_to_proxy")
+KL_DIRECTIONS = get_args(KlDirection)
 
 
 class Teacher(NamedTuple):

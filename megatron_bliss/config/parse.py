@@ -16,14 +16,18 @@ from typing import Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.settings import Choice, Setting, merged_settings, settings_of
 
-ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
-
 Tables = Mapping[str, Mapping[str, Choice]]
-"""Option that makes a choice, such as "selection.policy" → the records to choose from. The option's section keeps all
-their settings in its field ``settings``; to users, each setting is an option of the section like any other."""
+"""Option that makes a choice → the records to choose from.
+
+A choice of one, such as "selection.policy": the option's section keeps the settings of all records in its field
+``settings``; to users, each setting is an option of the section like any other. A choice of several, such as "arms":
+the settings of each record are a section of their own."""
+SEVERAL = {"arms": "baselines"}
+"""Option that chooses several records → field of :class:`Config` that holds {record: its settings}."""
 
 
 def read_config(path: Path | str, tables: Tables) -> Config:
@@ -38,16 +42,18 @@ def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(_whole(tables), as_group=False, fail_untyped=True)
+    _show_bounds(parser, tables)
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
     values, types = vars(parser.instantiate(namespace)), get_type_hints(Config)
     gathered = {name: _gather(types[name], values[name]) for name in _choosing(tables)}
+    gathered |= {SEVERAL[option]: vars(values[SEVERAL[option]]) for option in tables if option in SEVERAL}
     return Config(**(values | gathered))
 
 
 def _choosing(tables: Tables) -> dict[str, str]:
     """{section: its option that makes a choice}."""
-    return dict(option.split(".") for option in tables)
+    return dict(option.split(".") for option in tables if option not in SEVERAL)
 
 
 def _whole(tables: Tables) -> type:
@@ -56,16 +62,35 @@ def _whole(tables: Tables) -> type:
     for section, choice in _choosing(tables).items():
         shown = _section_options(options[section].type, choice, tables[f"{section}.{choice}"])
         options[section] = dataclasses.replace(options[section], type=shown, default=shown())
+    for option in SEVERAL.keys() & tables.keys():
+        options[option] = _with_records(options[option], tables[option])
+        section = options[SEVERAL[option]]
+        shown = dataclasses.make_dataclass(
+            SEVERAL[option],
+            [(name, settings, field(default_factory=settings)) for name, settings in _each(tables[option]).items()],
+            namespace={"__doc__": section.help},
+        )
+        options[section.name] = dataclasses.replace(section, type=shown, default=shown())
     return _options_class(Config, options, {name: one.help for name, one in options.items()})
 
 
 def _section_options(section: type, choice: str, table: Mapping[str, Choice]) -> type:
     own = {name: one for name, one in settings_of(section).items() if name != "settings"}
-    names = "; ".join(f"{name}: {record.help}" for name, record in table.items())
-    own[choice] = dataclasses.replace(own[choice], type=Literal[tuple(table)], help=f"{own[choice].help} {names}.")
+    own[choice] = dataclasses.replace(_with_records(own[choice], table), type=Literal[tuple(table)])
     merged = merged_settings(table)
     texts = {name: one.help for name, one in own.items()} | {name: one.described() for name, one in merged.items()}
     return _options_class(section, own | merged, texts)
+
+
+def _with_records(option: Setting, table: Mapping[str, Choice]) -> Setting:
+    """The option with what it chooses from at the end of its help."""
+    names = "; ".join(f"{name}: {record.help}" for name, record in table.items())
+    return dataclasses.replace(option, help=f"{option.help} {names}.")
+
+
+def _each(table: Mapping[str, Choice]) -> dict[str, type]:
+    """{record: its settings}, without those that have none."""
+    return {name: record.settings for name, record in table.items() if record.settings is not None}
 
 
 def _options_class(like: type, options: Mapping[str, Setting], texts: Mapping[str, str]) -> type:
@@ -85,16 +110,17 @@ def _gather(section: type, values: object) -> object:
     return section(**own, settings={name: value for name, value in given.items() if name not in own})
 
 
-def arm_names(config: Config) -> list[str]:
-    """The arms of a run in the order given."""
-    return [name.strip() for name in config.arms.split(",") if name.strip()]
-
-
-def has_stage(config: Config, arm: str, stage: str) -> bool:
-    """Whether a round of this arm has this stage."""
-    if stage == "decay_branch":
-        return config.pretraining.decay_branch_iters > 0
-    return stage != "bilevel" or arm == "bliss"
+def _show_bounds(parser: ArgumentParser, tables: Tables) -> None:
+    """Put the bounds of each option behind its line of help."""
+    sections = {SEVERAL[option]: _each(table) for option, table in tables.items() if option in SEVERAL}
+    defaults = {name: {key: settings() for key, settings in each.items()} for name, each in sections.items()}
+    bounds = {name: bounds for name, _, bounds in bounded_fields(Config(**defaults))}
+    for section, choice in _choosing(tables).items():
+        for settings in _each(tables[f"{section}.{choice}"]).values():
+            bounds |= {name: bounds for name, _, bounds in bounded_fields(settings(), section)}
+    for action in parser._actions:  # argparse has no public way to them
+        if action.dest in bounds:
+            action.help = f"{action.help} [{bounds[action.dest]}]"
 
 
 def to_dict(config: Config) -> dict:

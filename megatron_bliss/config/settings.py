@@ -19,8 +19,8 @@ class Choice(Protocol):
 
     help: str
     """What it is, in a few words."""
-    settings: type
-    """Dataclass of its settings: a default and a line of help (the text under it) per field."""
+    settings: type | None
+    """Dataclass of its settings: a default and a line of help (the text under it) per field; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def merged_settings(table: Mapping[str, Choice]) -> dict[str, Setting]:
     """The settings of all records of a table by name, each with the records that have it."""
     found: dict[str, Setting] = {}
     for choice, record in table.items():
-        for name, one in settings_of(record.settings).items():
+        for name, one in settings_of(record.settings).items() if record.settings is not None else ():
             others = found[name].choices if name in found else ()
             found[name] = Setting(name, one.type, one.default, one.help, (*others, choice))
     return found

@@ -6,7 +6,6 @@ is not counted, as in a model-FLOPs utilisation; that of a walk is part of the m
 
 from __future__ import annotations
 
-from megatron_bliss.config.baselines import HELD_OUT, MatesConfig
 from megatron_bliss.config.config import BilevelConfig, PretrainingConfig, ProxyConfig
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
 
@@ -48,25 +47,3 @@ def bilevel_flops(config: BilevelConfig, proxy: Architecture, target: Architectu
 def score_flops(tokens: int, proxy: Architecture, seq_length: int) -> float:
     """One forward pass of the score model over a shard of ``tokens`` tokens."""
     return tokens * trunk_flops_per_token(proxy, seq_length)
-
-
-def mates_flops(
-    config: MatesConfig,
-    proxy: Architecture,
-    target: Architecture,
-    seq_length: int,
-    *,
-    probed_units: int,
-    probed_tokens: int,
-    reference_tokens: int,
-    shard_tokens: int,
-) -> float:
-    """The arm mates in one round: probes (a gradient each, and the reference set before all and after each), the data
-    influence model's training and held-out predictions, and its pass over the shard."""
-    training = 1 + BACKWARD_TO_FORWARD
-    read_by_target = training * probed_tokens + (probed_units + 1) * reference_tokens
-    regressed = training * config.regressor_iters * config.regressor_batch_size * probed_tokens / probed_units
-    read_by_model = regressed + HELD_OUT * probed_tokens + shard_tokens
-    return read_by_target * flops_per_token(target, seq_length) + read_by_model * trunk_flops_per_token(
-        proxy, seq_length
-    )

@@ -10,12 +10,12 @@ import numpy as np
 from megatron_bliss.base.platform import choose_dtype
 from megatron_bliss.bilevel.memory import trunk_count
 from megatron_bliss.config.config import Config
-from megatron_bliss.config.parse import arm_names
 from megatron_bliss.data.indexed import IndexedCorpus, chosen
 from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.run.corpora import deal_units
+from megatron_bliss.run.order import round_stages
 from megatron_bliss.selection.select import kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
@@ -151,7 +151,8 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
 
     Not counted: metrics, TensorBoard, megatron-core's dataset caches, and a checkpoint that is being written.
     """
-    arms, selecting = arm_names(config), corpus.units[1:]
+    arms, selecting = config.arms, corpus.units[1:]
+    bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
     shares = [kept_share(config.selection, tokens, round_tokens(config)) or 1.0 for tokens in corpus.tokens[1:]]
     selected = sum(units * share for units, share in zip(selecting, shares, strict=True))
@@ -160,7 +161,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
     parts = {
         "target checkpoints": checkpoint * count,
-        "proxy and score model": warmup + bilevel * config.rounds * ("bliss" in arms),
+        "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
         "subsets": int(VIEW_BYTES * selected) * len(arms),
@@ -183,7 +184,7 @@ def checkpoint_bytes(config: Config, target: Architecture) -> int:
 
 def _checkpoints(config: Config) -> int:
     """Checkpoints of the target that a finished run holds: at most ``checkpoint.keep`` per stage that trains it."""
-    training, arms = config.pretraining, len(arm_names(config))
+    training, arms = config.pretraining, len(config.arms)
     kept = _kept(config, 0, training.warmup_iters)
     branch = training.decay_branch_iters
     kept += _kept(config, training.warmup_iters, training.warmup_iters + branch)
@@ -200,11 +201,9 @@ def _kept(config: Config, first: int, last: int) -> int:
     return min(config.checkpoint.keep, (last - 1) // interval - first // interval + 1) if last > first else 0
 
 
-def reference_tokens(config: Config) -> int:
-    """Tokens of the samples on which mates measures a probe: of mean length where the guide is there, else of the
-    greatest."""
-    samples, length = config.baselines.mates.reference_samples, config.data.seq_length
-    prefix = config.data.validation_prefix
+def reference_tokens(config: Config, samples: int) -> int:
+    """Tokens of so many samples of the guide: of mean length where it is there, else of the greatest."""
+    prefix, length = config.data.validation_prefix, config.data.seq_length
     if not prefix or not Path(manifest_path(prefix)).is_file():
         return samples * length
     counts = read_manifest(prefix)["counts"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_bliss.base.platform import choose_dtype
+from megatron_bliss.arms import ARMS
+from megatron_bliss.arms.arm import Memory, Sizes
+from megatron_bliss.base.platform import DTYPES, choose_dtype
 from megatron_bliss.bilevel.memory import (
     GIB,
     block_elements,
@@ -18,10 +20,8 @@ from megatron_bliss.bilevel.memory import (
     step_bytes,
     trunk_count,
 )
-from megatron_bliss.bilevel.precision import DTYPES as SMALL_DTYPES
 from megatron_bliss.bilevel.train import split_batch
 from megatron_bliss.config.config import Config
-from megatron_bliss.config.parse import arm_names
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.target.memory import (
     FP32_BYTES,
@@ -47,14 +47,16 @@ def memory_plan(
     """
     sizing = _Sizing(config, device, layout, memory_gib, target, proxy)
     stages = [sizing.training(), sizing.proxy_warmup(), sizing.bilevel(), sizing.score(), sizing.evaluate()]
-    stages += [sizing.mates()] if "mates" in arm_names(config) else []
+    own = sizing.arms()
+    stages += [_entry(one.stage, one.parameters, one.gradients, one.optimizer, one.working) for one in own]
+    changes = {one.stage: [one.advice] for one in own}
     largest = max(stages, key=lambda stage: stage["total"])
     too_large = [stage for stage in stages if memory_gib and stage["total"] > memory_gib * GIB * (1 - ROOM)]
     return {
         "stages": stages,
         "largest": largest["stage"],
         "fits": not too_large if memory_gib else None,
-        "advice": [_advice(config, stage, memory_gib) for stage in too_large],
+        "advice": [_advice(config, stage, memory_gib, changes) for stage in too_large],
     }
 
 
@@ -119,7 +121,7 @@ class _Sizing:
     def proxy_warmup(self) -> dict:
         """Plain training of the proxy, a rank's samples all at once or in micro-batches."""
         settings = self.config.proxy
-        samples, dtype = self.share(settings.warmup_batch_size), SMALL_DTYPES[settings.warmup_params_dtype]
+        samples, dtype = self.share(settings.warmup_batch_size), DTYPES[settings.warmup_params_dtype]
         samples = min(samples, settings.warmup_micro_batch_size or samples)
         parameters = (FP32_BYTES + dtype.itemsize * (dtype.itemsize < FP32_BYTES)) * self.proxy_count
         working = self._gradient_bytes(samples, dtype.itemsize, None)
@@ -128,7 +130,7 @@ class _Sizing:
     def bilevel(self) -> dict:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
         settings, seq_length = self.config.bilevel, self.seq_length
-        element_size = SMALL_DTYPES[settings.params_dtype].itemsize
+        element_size = DTYPES[settings.params_dtype].itemsize
         count = self.proxy_count + self.score_count
         parameters = FP32_BYTES * count + (element_size * count if element_size < FP32_BYTES else 0)
         optimizer = MOMENT_BYTES * count + FP32_BYTES * self.proxy_count  # and z
@@ -175,20 +177,16 @@ class _Sizing:
     def score(self) -> dict:
         """One forward pass of the score model at a time."""
         tokens = self.config.scoring.micro_batch_size * self.seq_length
-        element_size = SMALL_DTYPES[self.config.scoring.params_dtype].itemsize
+        element_size = DTYPES[self.config.scoring.params_dtype].itemsize
         working = block_elements(self.proxy) * tokens * element_size
         return _entry("score", element_size * self.score_count, 0, 0, working)
 
-    def mates(self) -> dict:
-        """Probes: the target in fp32, a gradient on one unit, Adam's moments, and the weights to go back to."""
-        count = self.weights // self.element_size
-        moments = MOMENT_BYTES * count if self.config.baselines.mates.optimizer == "adam" else 0
-        sizes = {"stage": 0, "micro_batches": 1, "tokens": self.seq_length, "element_size": FP32_BYTES}
-        backward = activation_bytes(self.config.target, self.target, **sizes)
-        tokens = self.config.baselines.mates.micro_batch_size * self.seq_length
-        forward = forward_bytes(self.config.target, self.target, tokens, FP32_BYTES, with_logits=True)
-        saved = FP32_BYTES * count
-        return _entry("mates probes", FP32_BYTES * count, FP32_BYTES * count, moments, saved + max(backward, forward))
+    def arms(self) -> list[Memory]:
+        """What the score stages of arms take beside a score model's pass."""
+        config, count = self.config, self.weights // self.element_size
+        sizes = Sizes(self.seq_length, config.target, self.target, self.proxy, count)
+        needs = {name: ARMS[name].memory for name in config.arms}
+        return [memory(config.baselines.get(name), sizes) for name, memory in needs.items() if memory is not None]
 
     def evaluate(self) -> dict:
         """The target as read back from disk, on test sets and tasks; the latter make their logits in small chunks."""
@@ -204,11 +202,12 @@ class _Sizing:
         return forward_bytes(self.config.target, self.target, tokens, self.element_size, with_logits=True)
 
 
-def _advice(config: Config, entry: dict, memory_gib: float) -> str:
+def _advice(config: Config, entry: dict, memory_gib: float, arms: dict[str, list[str]]) -> str:
     """What to change where a stage does not fit."""
     usable = memory_gib * (1 - ROOM)
     text = f"{entry['stage']}: {entry['total'] / GIB:.1f} GiB against {usable:.1f} of {memory_gib:g} GiB"
-    return f"{text}: {'; '.join(_changes(config, entry, usable))}"
+    changes = arms.get(entry["stage"]) or _changes(config, entry, usable)
+    return f"{text}: {'; '.join(changes)}"
 
 
 def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
@@ -225,10 +224,6 @@ def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
     return {
         "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
         "score": ["lower scoring.micro_batch_size"],
-        "mates probes": [
-            "raise target.tensor_model_parallel_size or target.pipeline_model_parallel_size, lower "
-            "baselines.mates.micro_batch_size, or set baselines.mates.optimizer sgd"
-        ],
         "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
     }[entry["stage"]]
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
+from megatron_bliss.arms import ARMS
+from megatron_bliss.arms.arm import Shard
 from megatron_bliss.base.parallel import check_world_size
 from megatron_bliss.config.config import Config, PlatformConfig
-from megatron_bliss.config.parse import ROUND_STAGES, arm_names, has_stage
-from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, score_flops, training_flops
+from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import memory_plan
 from megatron_bliss.run.checks import check_layout, check_options, not_ready
+from megatron_bliss.run.order import round_stages
 from megatron_bliss.target.layout import check_layout as check_target_layout
 from megatron_bliss.target.learning_rate import learning_rate_at
 from megatron_bliss.target.pretrained import configured_architecture
@@ -153,29 +156,20 @@ def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: C
     warmup |= {"evaluate": (0, 0.0)} if config.evaluation.tasks else {}
     for stage, cost in warmup.items():
         yield _record("shared", 0, f"warmup {stage}", *cost)
-    for arm in arm_names(config):
+    for arm in config.arms:
         for number in range(1, config.rounds + 1):
             costs = {**fixed, "score": _scoring(config, arm, number, target, proxy, corpus)}
-            for stage in ROUND_STAGES:
-                if has_stage(config, arm, stage):
-                    yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
+            for stage in round_stages(config, arm):
+                yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
 
 
 def _scoring(
     config: Config, arm: str, number: int, target: Architecture, proxy: Architecture, corpus: Corpus
 ) -> tuple[int, float]:
-    """Tokens of the shard that a model reads, and all FLOPs of the stage; units that mates probes count as long as they
-    can be."""
-    units, tokens, length = corpus.units[number], corpus.tokens[number], config.data.seq_length
-    if arm == "bliss":
-        return tokens, float(score_flops(tokens, proxy, length))
-    if arm != "mates":
-        return 0, 0.0
-    mates = config.baselines.mates
-    probed = min(mates.probe_units, units)
-    sizes = {"probed_units": probed, "probed_tokens": probed * length, "shard_tokens": tokens}
-    sizes["reference_tokens"] = reference_tokens(config)
-    return tokens, mates_flops(mates, proxy, target, length, **sizes)
+    """Tokens of the shard that a model reads, and all FLOPs of the stage, as the arm says."""
+    tokens_of = partial(reference_tokens, config)
+    shard = Shard(corpus.units[number], corpus.tokens[number], config.data.seq_length, target, proxy, tokens_of)
+    return ARMS[arm].work(config.baselines.get(arm), shard)
 
 
 def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dict:
@@ -186,8 +180,10 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     """A record with its seconds: FLOPs / (ranks x peak in the stage's precision x utilisation); None without a peak."""
     platform, flops = config.platform, record["flops"]
     parts = {platform.params_dtype: flops}
-    if record["stage"] in ("warmup proxy", "score"):
-        parts = {_small_dtype(config, record["stage"]) if record["arm"] != "mates" else "fp32": flops}
+    if record["stage"] == "warmup proxy":
+        parts = {config.proxy.warmup_params_dtype: flops}
+    if record["stage"] == "score":
+        parts = {_scoring_dtype(config, record["arm"]): flops}
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision
         alone = bilevel_flops(replace(config.bilevel, kl_weight=0.0), proxy, target, config.data.seq_length)
         parts = {platform.params_dtype: flops - alone}
@@ -199,16 +195,16 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     return {**record, "seconds": sum(part / (machine.world_size * peaks[d] * share) for d, part in parts.items())}
 
 
-def _small_dtype(config: Config, stage: str) -> str:
-    """The precision of a stage of proxy or score model alone."""
-    return config.scoring.params_dtype if stage == "score" else config.proxy.warmup_params_dtype
+def _scoring_dtype(config: Config, arm: str) -> str:
+    """The precision of an arm's score stage."""
+    return ARMS[arm].params_dtype or config.scoring.params_dtype
 
 
 def _assumptions(config: Config, machine: Machine) -> list[str]:
     """What the times rest on."""
     small = machine.proxy_mfu or machine.mfu
-    alone = [_small_dtype(config, stage) for stage in ("score", "warmup proxy")]
-    alone += ["fp32"] if "mates" in arm_names(config) else []
+    alone = [config.scoring.params_dtype, config.proxy.warmup_params_dtype]
+    alone += [_scoring_dtype(config, arm) for arm in config.arms]
     dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, *alone))
     peaks = {dtype: machine.peak(config.platform, dtype) for dtype in dtypes}
     if None in peaks.values():
@@ -242,9 +238,10 @@ def _sum(records: Sequence[Mapping]) -> dict:
 
 def _overhead(stages: Sequence[Mapping]) -> dict | None:
     """{flops, seconds}: work of proxy and score model ÷ work of the target's training in one arm; None without it."""
-    if not any(record["arm"] == "bliss" for record in stages):
+    chosen = next((record["arm"] for record in stages if record["stage"] == "bilevel"), None)
+    if chosen is None:
         return None
-    arm = [record for record in stages if record["arm"] in ("shared", "bliss")]
+    arm = [record for record in stages if record["arm"] in ("shared", chosen)]
     extra = _sum([record for record in arm if record["stage"] in SMALL_MODEL_STAGES])
     control = _sum([record for record in arm if record["stage"] not in SMALL_MODEL_STAGES])
     ratio = None if extra["seconds"] is None else extra["seconds"] / control["seconds"]

@@ -15,7 +15,8 @@ import yaml
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.metrics import read_metrics
 from megatron_bliss.data.provenance import read_provenance
-from megatron_bliss.report.summary import CHOSEN, CONTROL, read_stages
+from megatron_bliss.report.costs import read_stages
+from megatron_bliss.report.speedups import CHOSEN, CONTROL
 
 MOST_SCORES = 1_000_000
 """A larger score file is thinned evenly to about this many before it is drawn."""
@@ -54,7 +55,9 @@ class RunData:
     @property
     def arms(self) -> list[str]:
         """The arms of the config; without one, those that left something in the folder."""
-        named = [arm.strip() for arm in str(self.option("arms") or "").split(",") if arm.strip()]
+        named = self.option("arms") or []
+        named = named if isinstance(named, list) else str(named).split(",")  # as older runs wrote them
+        named = [str(arm).strip() for arm in named]
         found = [entry["arm"] for entry in [*self.stages, *self.metrics] if entry["arm"] != "shared"]
         return named or list(dict.fromkeys(found))
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_bliss.config.baselines import BASELINE_NAMES, FEWEST_PROBES, BaselinesConfig
+from megatron_bliss.arms import ARMS
+from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.config import Config, ProxyConfig, TargetConfig
-from megatron_bliss.config.parse import ROUND_STAGES, arm_names
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
 from megatron_bliss.data.splits import check_blend, check_sets
@@ -38,8 +39,9 @@ def check(config: Config) -> None:
 
 def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
+    check_bounds(config)
     _check_run(config)
-    _check_sizes(config)
+    _check_sections(config)
     check_blend(config.data)
 
 
@@ -80,85 +82,29 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
 def _check_run(config: Config) -> None:
     if not config.run_folder:
         raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
-    known = ("bliss", *BASELINE_NAMES)
-    unknown = [name for name in arm_names(config) if name not in known]
-    if unknown or not arm_names(config):
-        raise ValueError(f"found arms {config.arms!r}, expected a comma-separated choice of {', '.join(known)}")
-    if config.rounds < 1:
-        raise ValueError(f"found rounds {config.rounds}, expected at least 1")
+    if not config.arms or not all(name in ARMS for name in config.arms):
+        raise ValueError(f"found arms {config.arms}, expected a choice of {', '.join(ARMS)}")
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
+    if config.stage == "decay_branch" and not config.pretraining.decay_branch_iters:
+        raise ValueError("found pretraining.decay_branch_iters 0, expected 1 or more for --stage decay_branch")
     if config.stage in ROUND_STAGES:
         if config.stage == "evaluate" and config.round == 0 and config.evaluation.tasks:
             return  # the warm-up's target, shared by all arms
         if config.round is None or not 1 <= config.round <= config.rounds:
             raise ValueError(f"found round {config.round} for --stage {config.stage}, expected 1 to {config.rounds}")
-        if config.arm not in arm_names(config):
-            raise ValueError(f"found arm {config.arm!r} for --stage {config.stage}, expected --arm among {config.arms}")
+        if config.arm not in config.arms:
+            raise ValueError(
+                f"found arm {config.arm!r} for --stage {config.stage}, expected one of {', '.join(config.arms)}"
+            )
 
 
-def _check_sizes(config: Config) -> None:
-    positive = {
-        "data.seq_length": config.data.seq_length,
-        "bilevel.upper_iters": config.bilevel.upper_iters,
-        "bilevel.lower_iters": config.bilevel.lower_iters,
-        "bilevel.global_batch_size": config.bilevel.global_batch_size,
-        "bilevel.solver_steps": config.bilevel.solver_steps,
-        "scoring.micro_batch_size": config.scoring.micro_batch_size,
-        "baselines.dsir.buckets": config.baselines.dsir.buckets,
-        "baselines.dsir.max_ngram": config.baselines.dsir.max_ngram,
-        "baselines.mates.reference_samples": config.baselines.mates.reference_samples,
-        "baselines.mates.micro_batch_size": config.baselines.mates.micro_batch_size,
-        "baselines.mates.regressor_iters": config.baselines.mates.regressor_iters,
-        "baselines.mates.regressor_batch_size": config.baselines.mates.regressor_batch_size,
-        "pretraining.warmup_iters": config.pretraining.warmup_iters,
-        "pretraining.train_iters": config.pretraining.train_iters,
-        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
-        "pretraining.eval_interval": config.pretraining.eval_interval,
-        "evaluation.batch_tokens": config.evaluation.batch_tokens,
-        "checkpoint.save_interval": config.checkpoint.save_interval,
-        "checkpoint.keep": config.checkpoint.keep,
-        "logging.log_interval": config.logging.log_interval,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"found {name} {value}, expected 1 or more")
-    branch = config.pretraining.decay_branch_iters
-    if branch < 0 or (config.stage == "decay_branch" and not branch):
-        expected = "1 or more for --stage decay_branch" if branch == 0 else "0 or more"
-        raise ValueError(f"found pretraining.decay_branch_iters {branch}, expected {expected}")
+def _check_sections(config: Config) -> None:
     check_selection(config.selection)
-    for name in ("kl_weight", "l2_weight", "damping"):
-        if getattr(config.bilevel, name) < 0:
-            raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
-    if config.proxy.warmup_micro_batch_size < 0:
-        found = config.proxy.warmup_micro_batch_size
-        raise ValueError(f"found proxy.warmup_micro_batch_size {found}, expected 0 (all samples at once) or more")
-    _check_baselines(config.baselines)
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
-
-
-def _check_baselines(baselines: BaselinesConfig) -> None:
-    mates = baselines.mates
-    not_negative = {
-        "dsir.noise": baselines.dsir.noise,
-        "mates.lr": mates.lr,
-        "mates.clip_grad": mates.clip_grad,
-        "mates.regressor_weight_decay": mates.regressor_weight_decay,
-    }
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ValueError(f"found baselines.{name} {value}, expected 0 or more")
-    if mates.regressor_lr <= 0:
-        raise ValueError(f"found baselines.mates.regressor_lr {mates.regressor_lr}, expected more than 0")
-    if mates.probe_units < FEWEST_PROBES:
-        raise ValueError(
-            f"found baselines.mates.probe_units {mates.probe_units}, expected {FEWEST_PROBES} or more (thousands for "
-            "scores that mean something)"
-        )
 
 
 def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:

@@ -17,15 +17,17 @@ from megatron_bliss.base.files import write_json
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, barrier
 from megatron_bliss.config.config import Config
-from megatron_bliss.config.parse import arm_names, has_stage
+from megatron_bliss.report.costs import read_stages
 from megatron_bliss.report.page import write_report
-from megatron_bliss.report.summary import build_summary, format_table, read_stages
+from megatron_bliss.report.summary import build_summary
+from megatron_bliss.report.text import format_table
 from megatron_bliss.run import corpora as run_corpora
 from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder
+from megatron_bliss.run.order import round_stages
 from megatron_bliss.run.session import Round, Session, warmup
 
-ROUND_STAGES: dict[str, Callable[[Round, Path], dict]] = {
+STAGE_WORK: dict[str, Callable[[Round, Path], dict]] = {
     "bilevel": stages.learn_scores,
     "score": stages.score_shard,
     "select": stages.select_units,
@@ -33,6 +35,7 @@ ROUND_STAGES: dict[str, Callable[[Round, Path], dict]] = {
     "decay_branch": target_stages.decay_target,
     "evaluate": target_stages.evaluate_target,
 }
+"""What each stage of a round does."""
 
 
 def run(config: Config, groups: Groups) -> None:
@@ -67,11 +70,11 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
     ):
         yield start.folder("evaluate"), partial(target_stages.evaluate_target, start)
     for number in range(1, config.rounds + 1):
-        for arm in arm_names(config):
+        for arm in config.arms:
             this = Round(session, arm, number)
-            for stage in ROUND_STAGES:
-                if has_stage(config, arm, stage) and _is_wanted(this, stage):
-                    yield this.folder(stage), partial(ROUND_STAGES[stage], this)
+            for stage in round_stages(config, arm):
+                if _is_wanted(this, stage):
+                    yield this.folder(stage), partial(STAGE_WORK[stage], this)
 
 
 def _is_wanted(this: Round, stage: str) -> bool:
@@ -102,7 +105,7 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
     In a run with decay branches only these count: at the same tokens they are far below the main line.
     """
     curves = {}
-    for arm in arm_names(session.config):
+    for arm in session.config.arms:
         points = {point["iteration"]: point for point in _segment_evaluations(warmup(session))}
         for this in _rounds(session, arm):
             evaluate = this.record("evaluate") or {}
@@ -119,7 +122,7 @@ def _rounds(session: Session, arm: str) -> list[Round]:
 def _task_results(session: Session) -> dict[str, list[dict]]:
     """Per arm {"tokens", "result"} of every checkpoint evaluated on tasks, the shared warm-up's first."""
     found = {}
-    for arm in arm_names(session.config):
+    for arm in session.config.arms:
         records = [this.record("evaluate") for this in (warmup(session), *_rounds(session, arm))]
         evaluated = [record for record in records if record and "tasks" in record]
         found[arm] = [{"tokens": one["evaluation"]["tokens"], "result": one["tasks"]} for one in evaluated]
@@ -138,7 +141,7 @@ def _domains(session: Session) -> dict[str, dict]:
     shards = session.folder.record(session.folder.path / "shards") or {}
     result: dict[str, dict] = {}
     for field, pool in shards.get("domains", {}).items():
-        selected = {arm: _selected_shares(session, arm, field) for arm in arm_names(session.config)}
+        selected = {arm: _selected_shares(session, arm, field) for arm in session.config.arms}
         result[field] = {"pool": pool, "selected": {arm: shares for arm, shares in selected.items() if shares}}
     return result
 

@@ -13,26 +13,27 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bliss.arms import BASELINES, Inputs, Scores
+from megatron_bliss.arms import ARMS
+from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel.monitors import validation_advice
-from megatron_bliss.bilevel.precision import DTYPES
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, score_flops
+from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops
 from megatron_bliss.models.loop import Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
-from megatron_bliss.selection.score_pass import ScorePass, gather_scores, save_array, score_units
+from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.selection.select import apply_policy, repetition_warnings
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
@@ -97,12 +98,11 @@ def _validation_losses(this: Round) -> list[float]:
 
 
 def score_shard(this: Round, folder: Path) -> dict:
-    """Give every unit of this round's shard a score, by the score model or by the arm's baseline."""
+    """Give every unit of this round's shard a score, by its arm's way."""
     session = this.session
     prefix = shard_prefix(session, this.number)
     source, parts = UnitDataset(prefix, session.config.data.seq_length, session.vocab_size), folder / "parts"
-    score = _score_by_model if this.arm == "bliss" else _score_by_baseline
-    scores = score(this, parts, source)
+    scores = ARMS[this.arm].scores(session.config.baselines.get(this.arm), _inputs(this, source, parts))
     with failing_together(session.groups):
         if session.groups.is_main:
             settings = {"corpus_digest": corpus_digest(prefix), **this.labels}
@@ -112,37 +112,11 @@ def score_shard(this: Round, folder: Path) -> dict:
     return {"flops": scores.flops, "warnings": scores.warnings}
 
 
-def _score_by_model(this: Round, parts: Path, source: UnitDataset) -> Scores:
-    """One forward pass of the round's score model."""
-    session, config, groups = this.session, this.session.config, this.session.groups
-    bilevel_folder, _ = this.require("bilevel", "score")
-    state_path = bilevel_folder / FINAL_STATE
-    settings = {"model_digest": sha256_file(state_path), "activation": config.score.activation}
-    settings["params_dtype"] = config.scoring.params_dtype
-    blocks = parts / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
-    model = _new_score_model(session, None)
-    model.load_state_dict(checkpoint.load_state(state_path)["score_model"])
-    model.to(DTYPES[config.scoring.params_dtype])
-    with failing_together(groups):
-        how = ScorePass(
-            groups.rank,
-            groups.world_size,
-            groups.device,
-            config.scoring.micro_batch_size,
-            show_progress=session.show_progress,
-            description=f"round {this.number} score",
-        )
-        score_units(model, source, blocks, how)
-    flops = score_flops(source.corpus.num_tokens, session.proxy_architecture, config.data.seq_length)
-    with failing_together(groups):  # by now every rank has written its blocks
-        return Scores(gather_scores(blocks, len(source)) if groups.is_main else None, settings, flops)
-
-
-def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
-    """The arm's own method on the same shard and guide."""
+def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
+    """What every arm is given; models are loaded for those that ask for them."""
     session, config, groups = this.session, this.session.config, this.session.groups
 
-    def checkpoint_path() -> Path:  # asked for by methods that look at the target only
+    def checkpoint_path() -> Path:
         return target_checkpoint(this.before)
 
     def train(trainer: Trainer, steps: int) -> None:
@@ -150,7 +124,7 @@ def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
         folder.mkdir(parents=True, exist_ok=True)
         _run_trainer(this, trainer, steps, folder, "score")
 
-    inputs = Inputs(
+    return Inputs(
         source=source,
         reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
@@ -164,10 +138,21 @@ def _score_by_baseline(this: Round, parts: Path, source: UnitDataset) -> Scores:
         load_moments=lambda target: load_moments(checkpoint_path(), target, groups),
         target_architecture=session.target_architecture,
         target_optimizer=config.pretraining.optimizer,
+        load_score_model=lambda: _trained_score_model(this),
         new_score_model=lambda: _new_regressor(this),
         train=train,
     )
-    return BASELINES[this.arm](config.baselines, inputs)
+
+
+def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:
+    """The score model as the round's bilevel stage left it, in the precision of scoring, and what it is."""
+    config = this.session.config
+    folder, _ = this.require("bilevel", "score")
+    path, dtype = folder / FINAL_STATE, config.scoring.params_dtype
+    model = _new_score_model(this.session, None)
+    model.load_state_dict(checkpoint.load_state(path)["score_model"])
+    described = {"model_digest": sha256_file(path), "activation": config.score.activation, "params_dtype": dtype}
+    return model.to(DTYPES[dtype]), described
 
 
 def _new_regressor(this: Round) -> ScoreModel:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 
-from megatron_bliss.base.metrics import MetricsLogger, Progress, progress
+from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.platform import peak_memory_bytes
+from megatron_bliss.base.progress import Progress, progress
 
 MEASURED = (
     "tokens_per_second",

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.metrics import MetricsLogger, Progress
+from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, broadcast_object
 from megatron_bliss.base.platform import choose_dtype
+from megatron_bliss.base.progress import Progress
 from megatron_bliss.config.config import PlatformConfig, PretrainingConfig, TargetConfig
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.flops import training_flops
@@ -33,7 +34,7 @@ from megatron_bliss.target.health import SKIP, STOP, WARN, TrainingHealth
 from megatron_bliss.target.log import TrainingLog
 from megatron_bliss.target.model import Target, build_target, forward_only
 from megatron_bliss.target.pretrained import load_pretrained
-from megatron_bliss.target.sequences import MicroBatch, TrainingSequences
+from megatron_bliss.target.sequences import MicroBatch, SequenceSource, TrainingSequences
 from megatron_bliss.target.throughput import peak_flops
 from megatron_bliss.target.trainer import Step, TargetTrainer
 
@@ -105,17 +106,9 @@ def train_segment(
         target_config, architecture, groups, seq_length=seq_length, params_dtype=choose_dtype(platform), seed=init_seed
     )
     trainer = TargetTrainer(target, config, groups, seq_length=seq_length, total_iterations=total_iterations)
-    data = TrainingSequences(
-        data_prefix,
-        groups,
-        seq_length=seq_length,
-        num_samples=(last_iteration - first_iteration) * config.global_batch_size,
-        vocab_size=architecture.vocab_size,
-        seed=seed,
-        cache_folder=Path(folder) / "data_cache",
-        num_workers=num_workers,
-        blend=blend,
-    )
+    num_samples = (last_iteration - first_iteration) * config.global_batch_size
+    source = SequenceSource(data_prefix, architecture.vocab_size, seq_length, num_samples, seed, blend)
+    data = TrainingSequences(source, groups, cache_folder=Path(folder) / "data_cache", num_workers=num_workers)
     segment = _Segment(trainer, data, Path(folder), first_iteration, last_iteration, keep, async_save)
     segment.load(start, pretrained)
     flops = training_flops(config, architecture, seq_length)
@@ -189,8 +182,8 @@ class _Segment:
             )
         if own is not None and shared["data"] != self.data.digest:
             raise ValueError(
-                f"found another index at {self.data.prefix}.idx than checkpoint {path} was trained on: put the old one "
-                f"back, or remove {self.folder} to train this stage again"
+                f"found another index at {self.data.source.prefix}.idx than checkpoint {path} was trained on: put the "
+                f"old one back, or remove {self.folder} to train this stage again"
             )
         trainer.resume(shared["iteration"], shared["loss_sum"])
         self.iteration = shared["iteration"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_bliss.arms import BASELINES, Inputs, dsir
-from megatron_bliss.config.baselines import BaselinesConfig, DsirConfig
+from megatron_bliss.arms import ARMS, ngrams
+from megatron_bliss.arms.dsir import DsirConfig
+from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.selection import score_pass
@@ -47,6 +48,7 @@ def inputs(folder: Path, groups, **changes) -> Inputs:
         "load_moments": None,
         "target_architecture": None,
         "target_optimizer": None,
+        "load_score_model": None,
         "new_score_model": None,
         "train": None,
     }
@@ -62,29 +64,29 @@ def folder(tmp_path: Path) -> Path:
 
 def scores(folder: Path, options: DsirConfig = OPTIONS, **changes) -> np.ndarray:
     with grouped(layout()) as groups:
-        found = BASELINES["dsir"](BaselinesConfig(dsir=options), inputs(folder, groups, **changes))
+        found = ARMS["dsir"].scores(options, inputs(folder, groups, **changes))
     assert found.values.dtype == np.float32 and found.settings["buckets"] == options.buckets
     return found.values
 
 
-def ngrams(tokens: list[int]) -> list[tuple]:
+def grams_of(tokens: list[int]) -> list[tuple]:
     found = [tuple(tokens[i : i + n]) for n in (1, 2, 3) for i in range(len(tokens) - n + 1)]
     return [ngram for ngram in found if EOD not in ngram]
 
 
 def test_weights_are_those_of_a_naive_count(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dsir, "NgramBuckets", SmallBuckets)
+    monkeypatch.setattr(ngrams, "NgramBuckets", SmallBuckets)
     shard, reference = (UnitDataset(str(folder / name), LENGTH).corpus for name in ("shard", "reference"))
     units = [shard[i][:LENGTH].tolist() for i in range(len(shard))]
-    p = Counter(ngram for i in range(len(reference)) for ngram in ngrams(reference[i][:LENGTH].tolist()))
-    q = Counter(ngram for unit in units for ngram in ngrams(unit))
+    p = Counter(ngram for i in range(len(reference)) for ngram in grams_of(reference[i][:LENGTH].tolist()))
+    q = Counter(ngram for unit in units for ngram in grams_of(unit))
     expected = [
-        sum(np.log(p[g] / p.total() + 1e-8) - np.log(q[g] / q.total() + 1e-8) for g in ngrams(unit)) for unit in units
+        sum(np.log(p[g] / p.total() + 1e-8) - np.log(q[g] / q.total() + 1e-8) for g in grams_of(unit)) for unit in units
     ]
     np.testing.assert_allclose(scores(folder), expected, rtol=1e-5, atol=1e-4)
 
 
-class SmallBuckets(dsir.NgramBuckets):
+class SmallBuckets(ngrams.NgramBuckets):
     """One bucket per n-gram of this test, numbered as they come: a hash without collisions and without 2^31 counts."""
 
     numbers: dict = {}
@@ -110,11 +112,10 @@ def test_units_like_the_reference_weigh_more(folder: Path) -> None:
 
 
 def of_rank(rank: int, world_size: int, folder: Path) -> np.ndarray | None:
-    score_pass.BLOCK_UNITS = dsir.BLOCK_UNITS = 8
+    score_pass.BLOCK_UNITS = ngrams.BLOCK_UNITS = 8
     with grouped(layout()) as groups:
-        options = BaselinesConfig(dsir=DsirConfig(buckets=500))
         assert dist.get_world_size(groups.world_group) == world_size
-        return BASELINES["dsir"](options, inputs(folder, groups)).values
+        return ARMS["dsir"].scores(DsirConfig(buckets=500), inputs(folder, groups)).values
 
 
 def test_ranks_change_nothing(folder: Path) -> None:

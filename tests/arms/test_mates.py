@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_bliss.arms import BASELINES, Inputs, Scores, mates
+from megatron_bliss.arms import ARMS, influence_model, reading
+from megatron_bliss.arms.inputs import Inputs, Scores
+from megatron_bliss.arms.mates import MatesConfig
 from megatron_bliss.arms.probing import Probe, Step
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.config.baselines import BaselinesConfig, MatesConfig
 from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, ScoreConfig, TargetConfig
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
@@ -34,8 +35,8 @@ from megatron_bliss.target.state import MOMENTS
 from megatron_bliss.target.trainer import TargetTrainer
 from megatron_bliss.target.weights import full_weights
 from tests.distributed import run_distributed
-from tests.report.test_page import check_page
-from tests.run.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
+from tests.report.run_folders import check_page
+from tests.runs import command, metric_lines, run
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
@@ -254,6 +255,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
         "load_moments": lambda target: load_moments(checkpoint(folder, "neox"), target, groups),
         "target_architecture": NEOX,
         "target_optimizer": OptimizerConfig(),
+        "load_score_model": None,
         "new_score_model": functools.partial(
             build_score_model, ScoreConfig(activation="identity"), replace(NEOX, num_layers=1), seed=7
         ),
@@ -264,7 +266,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
 
 def scored(folder: Path, parts: Path, options: MatesConfig = OPTIONS, **changes) -> Scores:
     with grouped(layout()) as groups:
-        return BASELINES["mates"](BaselinesConfig(mates=options), make_inputs(folder, parts, groups, **changes))
+        return ARMS["mates"].scores(options, make_inputs(folder, parts, groups, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +306,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_scores(folder: Path, alon
 
     for owner, name, last in (
         (Probe, "influence", 20),  # in the second file of probes
-        (mates.InfluenceRegression, "step", 4),  # after a state was saved
-        (mates, "score_units", 1),  # when the data influence model is trained
+        (influence_model.InfluenceRegression, "step", 4),  # after a state was saved
+        (reading, "score_units", 1),  # when the data influence model is trained
     ):
         function, calls = getattr(owner, name), 0
         wrapped = functools.partial(mortal, last, function)
@@ -314,7 +316,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_scores(folder: Path, alon
             with pytest.raises((Killed, RuntimeError)):
                 scored(folder, tmp_path / "parts")
     monkeypatch.setattr(Probe, "influence", None)  # nothing is measured or trained twice
-    monkeypatch.setattr(mates.InfluenceRegression, "step", None)
+    monkeypatch.setattr(influence_model.InfluenceRegression, "step", None)
     found = scored(folder, tmp_path / "parts")
     np.testing.assert_array_equal(found.values, alone.values)
     assert found == replace(alone, values=found.values)
@@ -329,7 +331,7 @@ def test_units_like_the_reference_score_higher(folder: Path, tmp_path: Path) -> 
 
 
 def test_noise_is_warned_of(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(mates, "spearman", lambda predicted, measured: 0.05)
+    monkeypatch.setattr(influence_model, "spearman", lambda predicted, measured: 0.05)
     found = scored(folder, tmp_path / "parts")
     expected = "round 1: predicted influences have a rank correlation of 0.050 with measured ones on held-out probes"
     assert len(found.warnings) == 1 and found.warnings[0].startswith(expected)
@@ -342,17 +344,17 @@ def test_too_small_a_shard_is_refused(folder: Path, tmp_path: Path) -> None:
         scored(folder, tmp_path / "parts", source=small)
 
 
-def test_rank_correlation() -> None:
+def test_rank_correlation_is_that_of_the_ranks_with_ties_shared() -> None:
     generator = np.random.default_rng(0)
     left, right = generator.permutation(50), generator.permutation(50)
-    assert mates.spearman(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
-    assert mates.spearman(np.exp(left / 5), left) == pytest.approx(1)
+    assert influence_model.spearman(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
+    assert influence_model.spearman(np.exp(left / 5), left) == pytest.approx(1)
     ties = np.array([1.0, 2.0, 2.0, 3.0])
-    assert mates.spearman(ties, -ties) == pytest.approx(-1)
-    assert mates.spearman(ties, np.ones(4)) == 0
+    assert influence_model.spearman(ties, -ties) == pytest.approx(-1)
+    assert influence_model.spearman(ties, np.ones(4)) == 0
 
 
-def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(corpus, folder, *RUN)
     assert result.returncode == 0, result.stderr

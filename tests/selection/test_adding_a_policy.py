@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,42 +12,13 @@ from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.subset import root_units
 from tests.data.corpora import documents, write_lines
-
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-TABLE = "megatron_bliss/selection/policies/__init__.py"
-
-
-def python_blocks(text: str) -> dict[str, str]:
-    """{file: its content} of the files that the page says to write."""
-    return dict(re.findall(r"^Write `(\S+)`:\n\n```python\n(.*?)```", text, re.MULTILINE | re.DOTALL))
+from tests.extending import extended_copy, run_in
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The package and its commands with the policy below_top."""
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("megatron_bliss", "tools"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pretrain_bliss.py", folder)
-    (path,) = [path for path in python_blocks(PAGE) if "/policies/" in path]
-    (folder / path).write_text(python_blocks(PAGE)[path], encoding="utf-8")
-    table = (folder / TABLE).read_text(encoding="utf-8")
-    assert table.count('"quotas"') == 1
-    (folder / TABLE).write_text(table.replace('"quotas"', '"quotas", "below_top"'), encoding="utf-8")
-    return folder
-
-
-def run(copy: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def test_what_it_takes_is_one_short_file_and_one_name() -> None:
-    (source,) = [source for path, source in python_blocks(PAGE).items() if "/policies/" in path]
-    assert source.count("\n") < 40
+    return extended_copy(tmp_path_factory.mktemp("copy"), "selection/policies", "quotas")
 
 
 def test_a_subset_is_made_by_it(copy: Path, tmp_path: Path) -> None:
@@ -62,15 +28,15 @@ def test_a_subset_is_made_by_it(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(json.dumps({"corpus_digest": corpus_digest(prefix)}))
     tool = [str(copy / "tools/subset_index.py"), "--input-prefix", prefix, "--scores", str(tmp_path / "scores.npy")]
     tool += ["--output-folder", str(tmp_path / "run"), "--policy", "below_top", "--skip", "0.1"]
-    done = run(copy, *tool, "--fraction", "0.2")
+    done = run_in(copy, *tool, "--fraction", "0.2")
     assert done.returncode == 0, done.stderr
     subset = done.stdout.partition(":")[0]
     assert "X.below10top20-" in subset
     np.testing.assert_array_equal(root_units(subset), range(21, 27))
     found = {"name": "below_top", "fraction": 0.2, "skip": 0.1, "seed": 0, "lowest_score_kept": 21.0}
     assert read_manifest(subset)["policy"] == found
-    assert "policy below_top needs --fraction" in run(copy, *tool).stderr
-    text = run(copy, *tool[:1], "--help").stdout
+    assert "policy below_top needs --fraction" in run_in(copy, *tool).stderr
+    text = run_in(copy, *tool[:1], "--help").stdout
     assert "below_top: the best but for the very best" in text
     assert "below_top: share of units with the highest scores that is left out. Default: 0.01" in text
 
@@ -86,9 +52,9 @@ check_selection(config.selection)
 print(yaml.safe_load(dump_yaml(config))["selection"]["skip"], kept_share(config.selection, 1000, 10))
 """
     options = ["--selection.policy", "below_top", "--selection.skip", "0.25", "--selection.fraction"]
-    assert run(copy, "-c", code, *options, "0.5").stdout == "0.25 0.5\n"
-    assert "found selection.fraction 2.0, expected a share" in run(copy, "-c", code, *options, "2").stderr
-    text = " ".join(run(copy, str(copy / "pretrain_bliss.py"), "--help").stdout.split())
+    assert run_in(copy, "-c", code, *options, "0.5").stdout == "0.25 0.5\n"
+    assert "found selection.fraction 2.0, expected a share" in run_in(copy, "-c", code, *options, "2").stderr
+    text = " ".join(run_in(copy, str(copy / "pretrain_bliss.py"), "--help").stdout.split())
     assert "--selection.skip SKIP below_top: share of units with the highest scores that is left out." in text
     assert "top_fraction, gumbel, proportional, quotas, below_top: share of units kept." in text
     assert "quotas: the best under a given mixture; below_top: the best but for the very best." in text

@@ -9,24 +9,28 @@ from pathlib import Path
 import pytest
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.metrics import MetricsLogger, read_metrics
+from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.config.config import OptimizerConfig, PlatformConfig
 from megatron_bliss.target.decay_branch import train_decay_branch
-from megatron_bliss.target.log import MEASURED
 from tests.distributed import run_distributed
-from tests.target.test_segment import evaluator, written
-from tests.targets import NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_corpus, train
+from tests.targets import (
+    NEOX,
+    PRETRAINING,
+    SEQ_LENGTH,
+    evaluator,
+    grouped,
+    layout,
+    logged,
+    make_corpus,
+    train,
+    written,
+)
 
 CONFIG = replace(
     PRETRAINING,
     decay_branch_iters=4,
     optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="constant", lr_warmup_iters=3),
 )
-
-
-def lines(folder: Path, groups) -> list[dict]:
-    kept = [entry for entry in read_metrics(folder / "metrics.jsonl")] if groups.is_main else []
-    return [{name: value for name, value in entry.items() if name not in ("time", *MEASURED)} for entry in kept]
 
 
 def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, **changes):
@@ -66,8 +70,8 @@ def main_line(groups, prefix: str, folder: Path, with_branches: bool) -> list:
     second, _ = go(folder / "second", start=first.checkpoint, first_iteration=6, iterations=12)
     if with_branches:
         branch(groups, prefix, folder / "two", second.checkpoint, 12)
-    logged = [lines(folder / name, groups) for name in ("first", "second")]
-    return [first.evaluations, second.evaluations, logged, written(second.checkpoint)]
+    both = [logged(folder / name, groups) for name in ("first", "second")]
+    return [first.evaluations, second.evaluations, both, written(second.checkpoint)]
 
 
 def compare_main_lines(rank: int, world_size: int, prefix: str, folder: str) -> tuple[bool, int]:
@@ -80,8 +84,8 @@ def compare_main_lines(rank: int, world_size: int, prefix: str, folder: str) -> 
 def test_the_main_line_is_the_same_bit_for_bit_with_branches_and_without(tmp_path):
     prefix = make_corpus(tmp_path / "corpus")
     (tmp_path / "one").mkdir()
-    (same, logged) = compare_main_lines(0, 1, prefix, str(tmp_path / "one"))
-    assert same and logged >= 6
+    same, count = compare_main_lines(0, 1, prefix, str(tmp_path / "one"))
+    assert same and count >= 6
     outcomes = run_distributed(compare_main_lines, 2, prefix, str(tmp_path))
     assert [same for same, _ in outcomes] == [True, True] and outcomes[0][1] >= 6
 
@@ -103,12 +107,12 @@ def test_a_branch_falls_to_the_lowest_rate_and_goes_on_after_a_kill(tmp_path):
             branch(groups, prefix, tmp_path / "killed", start, evaluate=die)
         assert checkpoint.latest(tmp_path / "killed" / "branch").name == "step_00000008"
         resumed = branch(groups, prefix, tmp_path / "killed", start)
-        logged, logged_again = lines(tmp_path / "whole", groups), lines(tmp_path / "killed", groups)
+        lines, lines_again = logged(tmp_path / "whole", groups), logged(tmp_path / "killed", groups)
         other_order = branch(groups, prefix, tmp_path / "other", start, seed=78)
-    rates = [entry["lr"] for entry in logged if "lr" in entry]
+    rates = [entry["lr"] for entry in lines if "lr" in entry]
     assert rates == pytest.approx([1e-2 - 9e-3 * k / 4 for k in range(4)])
-    assert {entry["stage"] for entry in logged} == {"decay_branch"}
-    assert logged == logged_again and whole.evaluations == resumed.evaluations
+    assert {entry["stage"] for entry in lines} == {"decay_branch"}
+    assert lines == lines_again and whole.evaluations == resumed.evaluations
     assert [point[0] for point in whole.evaluations] == [10]
     assert other_order.evaluations != whole.evaluations
     assert whole.flops > 0 and whole.checkpoint == tmp_path / "whole" / "branch" / "step_00000010"

@@ -17,8 +17,7 @@ from megatron_bliss.bilevel.train import World
 from megatron_bliss.config.config import PlatformConfig
 from megatron_bliss.models.loop import run_steps
 from megatron_bliss.target.segment import evaluate_loss, load_target
-from megatron_bliss.target.state import boxes
-from tests.bilevel.test_train import CONFIG, make_trainer
+from tests.bilevel.trainers import CONFIG, make_trainer
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
 
@@ -156,14 +155,3 @@ def test_proxy_and_score_model_go_on_with_another_number_of_ranks(tmp_path):
     for values in found:
         for value, expected_value in zip(values, expected, strict=True):
             np.testing.assert_allclose(value, expected_value, rtol=0, atol=1e-10 * np.abs(expected_value).max())
-
-
-@pytest.mark.parametrize("shape", [(7,), (5, 4), (1, 6), (6, 1)])
-def test_boxes_are_the_elements_in_order(shape):
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    for start in range(whole.numel() + 1):
-        for stop in range(start, whole.numel() + 1):
-            found = boxes(start, stop, shape)
-            slices = [tuple(slice(o, o + n) for o, n in zip(*box, strict=True)) for box in found]
-            values = [value for box in slices for value in whole[box].flatten().tolist()]
-            assert values == list(range(start, stop)) and len(found) <= 3

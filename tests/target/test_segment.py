@@ -17,10 +17,8 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import barrier
 from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, TargetConfig
 from megatron_bliss.target.checkpoint import save_target
-from megatron_bliss.target.log import MEASURED
 from megatron_bliss.target.model import last_hidden_states, output_weight
 from megatron_bliss.target.segment import evaluate_loss, load_target
-from megatron_bliss.target.trainer import kernel_name, squared_norm
 from tests.distributed import run_distributed
 from tests.targets import (
     LLAMA,
@@ -28,25 +26,23 @@ from tests.targets import (
     PRETRAINING,
     SEQ_LENGTH,
     VOCAB_SIZE,
+    evaluator,
     grouped,
     layout,
     make_batches,
     make_corpus,
     make_target,
     train,
+    without_times,
+    written,
 )
 
-TIMES = ("time", *MEASURED)
 STEPS = int(os.environ.get("CURVE_STEPS", "20"))
 """Iterations of the curves that are compared over layouts: CURVE_STEPS=50 pytest ... for longer ones."""
 
 
 def curve(entries: list[dict], name: str) -> np.ndarray:
     return np.array([entry[name] for entry in entries if name in entry])
-
-
-def evaluator(groups):
-    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
 
 
 def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
@@ -155,10 +151,6 @@ def kill_at(iteration: int, groups):
     return evaluate
 
 
-def without_times(entries: list[dict]) -> list[dict]:
-    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
-
-
 def interrupt_and_resume(
     rank: int, world_size: int, prefix: str, folder: str, config, platform, changes: dict | None = None
 ) -> tuple:
@@ -183,12 +175,6 @@ def interrupt_and_resume(
         same = len({written(result.checkpoint) for result in (whole, resumed)}) == 1
         leftovers = sorted(path.name for path in resumed.checkpoint.parent.glob(".*"))
     return whole.evaluations, resumed.evaluations, whole_entries, resumed_entries, same, leftovers
-
-
-def written(path: Path) -> tuple[str, ...]:
-    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
-    files = checkpoint.read_manifest(path)["files"]
-    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
 
 
 def check_resumed(outcome: tuple) -> None:
@@ -222,30 +208,6 @@ def test_killed_runs_on_two_ranks_go_on_bit_for_bit(prefix, tmp_path):
         assert all(rank[number][4] for rank in ranks)
 
 
-def test_a_gradients_norm_does_not_depend_on_its_size():
-    """torch's fp32 norm of so many elements is 1e-3 off, megatron-core's for an embedding's few large rows 4e-4."""
-    gradient = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
-    gradient[::100_000] = 1000.0
-    exact = gradient.double().square().sum().item()
-    assert squared_norm(gradient).dtype == torch.float64
-    assert squared_norm(gradient).item() == pytest.approx(exact, rel=5e-6)
-    assert squared_norm(gradient.view(-1, 1)[: 2 * 10**6].view(1000, -1).t()).item() == pytest.approx(
-        gradient[: 2 * 10**6].double().square().sum().item(), rel=5e-6
-    )
-    gradient[-1] = torch.nan
-    assert math.isnan(squared_norm(gradient).item())
-
-
-def test_kernels_are_named():
-    class FusedAdam(torch.optim.AdamW):
-        __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
-
-    weights = [torch.nn.Parameter(torch.zeros(2))]
-    assert kernel_name(torch.optim.AdamW(weights)) == "torch AdamW"
-    assert kernel_name(torch.optim.AdamW(weights, fused=True)) == "torch AdamW (fused)"
-    assert kernel_name(FusedAdam(weights)) == "transformer_engine FusedAdam"
-
-
 def test_a_finished_segment_is_not_trained_again(prefix, tmp_path):
     with grouped(layout()) as groups:
         first, entries = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
@@ -254,7 +216,7 @@ def test_a_finished_segment_is_not_trained_again(prefix, tmp_path):
     assert again.tokens == 6 * 8 * SEQ_LENGTH == first.tokens and again.flops == first.flops > 0
 
 
-def test_segments_follow_each_other(prefix, tmp_path):
+def test_a_segment_goes_on_where_the_one_before_ended(prefix, tmp_path):
     """Warm-up and a second segment on the same schedule; the second one's data begin anew."""
     with grouped(layout()) as groups:
         warmup, _ = train(groups, layout(), prefix, tmp_path / "a", iterations=6, total_iterations=12)

@@ -19,7 +19,7 @@ from megatron_bliss.models.transformer import build_lm
 from megatron_bliss.target.checkpoint import save_target
 from megatron_bliss.target.model import last_hidden_states, output_weight
 from megatron_bliss.target.pretrained import configured_architecture, load_pretrained, load_pretrained_proxy
-from tests.models.test_convert import huggingface_logits, save_huggingface, some_tokens
+from tests.huggingface import huggingface_logits, save_huggingface, some_tokens
 from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, layout, make_corpus, make_target, train
 from tools import convert_checkpoint
 

@@ -1,0 +1,81 @@
+"""What an arm is: everything that a run and its plan have to know of one way to score units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bliss.arms.inputs import Inputs, Scores
+from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.models.presets import Architecture
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A round's shard as a plan knows it, and the models that may read it."""
+
+    units: int
+    tokens: int
+    seq_length: int
+    target: Architecture
+    proxy: Architecture
+    reference_tokens: Callable[[int], int]
+    """Samples of the guide -> their tokens."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a rank follows from."""
+
+    seq_length: int
+    target_config: TargetConfig
+    target: Architecture
+    proxy: Architecture
+    target_weights: int
+    """Elements of the target on the rank that holds most."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank in a part of the score stage; working: of what a step makes and drops."""
+
+    stage: str
+    """Its name in the plan."""
+    parameters: int
+    gradients: int
+    optimizer: int
+    working: int
+    advice: str
+    """What to change where it does not fit."""
+
+
+def reads_nothing(options: Any, shard: Shard) -> tuple[int, float]:
+    """The work of an arm without a model."""
+    return 0, 0.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to score units: the record ``ARM`` at the end of its file.
+
+    The file is imported to read the command line. What takes long to import (torch, megatron-core) is imported inside
+    the functions that need it, and not for annotations either: jsonargparse runs blocks under TYPE_CHECKING.
+    """
+
+    help: str
+    """What its scores are, in a line: for ``--help`` and README.md."""
+    scores: Callable[[Any, Inputs], Scores]
+    """(its options, one round) -> scores of the round's shard; called on every rank."""
+    paper: str = ""
+    """Number on arXiv."""
+    settings: type | None = None
+    """Frozen dataclass of its options, ``--baselines.NAME.OPTION``; the string under a field is its help."""
+    stages: tuple[str, ...] = ()
+    """Stages of its rounds that come before ``score``."""
+    work: Callable[[Any, Shard], tuple[int, float]] = reads_nothing
+    """(its options, a shard) -> (tokens of the shard that a model reads, model FLOPs of the whole score stage)."""
+    params_dtype: str | None = None
+    """Precision of that work, where it is not scoring.params_dtype."""
+    memory: Callable[[Any, Sizes], Memory] | None = None
+    """(its options, sizes) -> what the score stage takes beside a score model's pass over the shard."""

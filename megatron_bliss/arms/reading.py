@@ -1,0 +1,34 @@
+"""A shard is read: for arms that score it unit by unit, and those whose scores are a model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bliss.arms.inputs import Inputs
+from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
+
+
+def shard_pass(inputs: Inputs, name: str) -> ScorePass:
+    """How this rank scores its part of the shard; ``name`` is what its line of progress says."""
+    groups = inputs.groups
+    return ScorePass(
+        groups.rank,
+        groups.world_size,
+        groups.device,
+        inputs.micro_batch_size,
+        show_progress=inputs.show_progress,
+        description=f"{inputs.description} {name}",
+    )
+
+
+def score_by_model(model: ScoreModel, inputs: Inputs, blocks: Path, name: str) -> np.ndarray | None:
+    """Scores of the whole shard, on the main rank; each rank scores its part, into files of the folder ``blocks``."""
+    groups = inputs.groups
+    with failing_together(groups):
+        score_units(model, inputs.source, blocks, shard_pass(inputs, name))
+    with failing_together(groups):  # by now every rank has written its blocks
+        return gather_scores(blocks, len(inputs.source)) if groups.is_main else None
