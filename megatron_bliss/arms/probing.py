@@ -23,8 +23,8 @@ from torch import Tensor
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
+from megatron_bliss.target.loss import label_losses
 from megatron_bliss.target.model import Target
-from megatron_bliss.target.segment import label_losses
 from megatron_bliss.target.state import Moments
 
 

@@ -19,6 +19,7 @@ from megatron_bliss.bilevel.memory import (
     trunk_count,
 )
 from megatron_bliss.bilevel.precision import DTYPES as SMALL_DTYPES
+from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
 from megatron_bliss.bilevel.train import split_batch
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.parse import arm_names
@@ -34,8 +35,6 @@ from megatron_bliss.target.memory import (
 
 ROOM = 0.1
 """Share of a device's memory that a plan leaves to what it does not count."""
-TEACHER_MICRO_BATCH = 8
-"""Samples of one forward pass of the frozen target (bilevel/teacher.py)."""
 
 
 def memory_plan(
