@@ -17,7 +17,7 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
-from megatron_bliss.models.presets import Architecture, resolve_architecture
+from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.transformer import build_lm
 from megatron_bliss.target.setup import TargetSetup, load_target
 
@@ -81,8 +81,7 @@ def _proxy(wanted: Checkpoint, groups: Groups) -> LM:
     state = checkpoint.load_state(wanted.path)
     if "proxy" not in state:
         raise ValueError(f"found {', '.join(state)} in {wanted.path}, expected a proxy: give a final.pt of a run")
-    architecture: Architecture = resolve_architecture(config.proxy, vocab_size)
-    lm = build_lm(architecture, seed=0, device=groups.device)
+    lm = build_lm(resolve_architecture(config.proxy, vocab_size), seed=0, device=groups.device)
     lm.load_state_dict(state["proxy"])
     max_length = wanted.max_length or config.data.seq_length
     return ProxyModel(lm, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens, groups=groups)

@@ -98,6 +98,11 @@ class Round:
         return Round(self.session, self.arm, self.number - 1)
 
     @property
+    def training_stage(self) -> str:
+        """The stage that trains the target."""
+        return "pretrain" if self.number else "target"
+
+    @property
     def first_iteration(self) -> int:
         """Iterations of the target, counted over the whole run, that are done when the round begins."""
         return self.before.last_iteration if self.number else 0

@@ -95,7 +95,7 @@ def _recording(this: Round, folder: Path) -> Recording:
         _test_losses(session),
         arm=this.arm,
         round=this.number,
-        stage="pretrain" if this.number else "target",
+        stage=this.training_stage,
     )
 
 
@@ -118,7 +118,7 @@ def evaluate_target(this: Round, folder: Path) -> dict:
         label=f"{this.arm}, round {this.number}" if this.number else "warm-up",
         show_progress=session.show_progress,
     )
-    # What an attempt logged that was killed before it was finished:
+    # Drop what an attempt logged that was killed before it was finished.
     session.metrics.truncate(this.arm, this.number, "evaluate", -1)
     session.metrics.log(evaluation["iteration"], task_metrics(result), **this.labels, stage="evaluate")
     return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
@@ -141,7 +141,7 @@ def _evaluation(this: Round, losses: dict[str, float]) -> dict:
 
 def target_checkpoint(this: Round) -> Path:
     """The target as a round left it (round 0: the warm-up, shared by all arms)."""
-    folder, record = this.require("pretrain" if this.number else "target", "a stage that needs this target")
+    folder, record = this.require(this.training_stage, "a stage that needs this target")
     return folder / record["checkpoint"]
 
 
