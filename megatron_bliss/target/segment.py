@@ -94,11 +94,9 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """What a segment left: evaluations in order, tokens, seconds (all parts of a resumed one), FLOPs, checkpoint."""
+    """What a segment left: evaluations in order, FLOPs, its last checkpoint."""
 
     evaluations: list[Evaluation]
-    tokens: int
-    seconds: float
     flops: float
     checkpoint: Path
     skipped: int
@@ -174,7 +172,7 @@ class _Loop:
     ) -> None:
         self.trainer, self.data, self.segment, self.recording, self.log = trainer, data, segment, recording, log
         self.groups, self.config, self.folder = trainer.groups, trainer.config, recording.folder
-        self.iteration, self.seconds = segment.first_iteration, 0.0
+        self.iteration = segment.first_iteration
         self.evaluations: list[Evaluation] = []
         self.health = TrainingHealth(trainer.config)
         self.pending: Save | None = None
@@ -215,7 +213,6 @@ class _Loop:
         self.iteration = shared["iteration"]
         if own is not None:
             self.health.load(shared["health"])
-            self.seconds = shared["seconds"]
             self.evaluations = [Evaluation(*point) for point in shared["evaluations"]]
 
     def _load_pretrained(self) -> None:
@@ -230,7 +227,6 @@ class _Loop:
         shared = {
             "iteration": self.iteration,
             "evaluations": [list(point) for point in self.evaluations],
-            "seconds": self.seconds,
             "data": self.data.digest,
             "loss_sum": self.trainer.loss_sum.tolist(),
             "health": self.health.state(),
@@ -256,12 +252,9 @@ class _Loop:
 
     def result(self) -> SegmentResult:
         """What the finished segment left."""
-        iterations, workload = self.segment.iterations, self.log.workload
         return SegmentResult(
             evaluations=self.evaluations,
-            tokens=iterations * workload.tokens,
-            seconds=self.seconds,
-            flops=iterations * workload.flops,
+            flops=self.segment.iterations * self.log.workload.flops,
             checkpoint=checkpoint.step_folder(self.folder, self.segment.last_iteration),
             skipped=self.health.skipped,
             kernels=self.trainer.describe(),
@@ -274,7 +267,6 @@ class _Loop:
             self.log.say(f"kernels: {self.trainer.describe()}")
         batch_size = self.config.global_batch_size
         batches = self.data.micro_batches(self.done * batch_size, batch_size, self.config.micro_batch_size)
-        seconds_before, began = self.seconds, time.perf_counter()
         try:
             with self.log.bar(self.segment.iterations, self.done) as bar:
                 while not self.is_last:
@@ -284,7 +276,6 @@ class _Loop:
                     with self.trainer.settled() if evaluates or saves else contextlib.nullcontext():
                         if evaluates:
                             self._evaluate()
-                        self.seconds = seconds_before + time.perf_counter() - began
                         if saves:
                             self.save()
         finally:
