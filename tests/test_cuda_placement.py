@@ -40,8 +40,8 @@ from megatron_bliss.evaluation.target_model import TargetBackbone
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
 from megatron_bliss.target.checkpoint import load_target_and_optimizer, save_target
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import Target, build_target
-from megatron_bliss.target.segment import evaluate_loss
 from megatron_bliss.target.sequences import MicroBatch
 from megatron_bliss.target.trainer import TargetTrainer
 from tests.bilevel.problems import architecture, random_batch, random_teacher, random_weights, score_model
