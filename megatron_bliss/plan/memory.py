@@ -20,6 +20,7 @@ from megatron_bliss.bilevel.memory import (
     step_bytes,
     trunk_count,
 )
+from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
 from megatron_bliss.bilevel.train import split_batch
 from megatron_bliss.config.config import Config
 from megatron_bliss.models.presets import Architecture, parameter_count
@@ -34,8 +35,6 @@ from megatron_bliss.target.memory import (
 
 ROOM = 0.1
 """Share of a device's memory that a plan leaves to what it does not count."""
-TEACHER_MICRO_BATCH = 8
-"""Samples of one forward pass of the frozen target (bilevel/teacher.py)."""
 
 
 def memory_plan(

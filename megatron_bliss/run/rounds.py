@@ -106,12 +106,13 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
     """
     curves = {}
     for arm in session.config.arms:
-        points = {point["iteration"]: point for point in _segment_evaluations(warmup(session))}
+        points = list(_segment_evaluations(warmup(session)))
         for this in _rounds(session, arm):
-            evaluate = this.record("evaluate") or {}
-            points |= {point["iteration"]: point for point in _segment_evaluations(this)}
-            points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
-        curves[arm] = [points[iteration] for iteration in sorted(points)]
+            points += _segment_evaluations(this)
+            record = this.record("evaluate")
+            points += [record["evaluation"]] if record else []
+        newest = {point["iteration"]: point for point in points}
+        curves[arm] = [newest[iteration] for iteration in sorted(newest)]
     return curves
 
 
@@ -131,9 +132,11 @@ def _task_results(session: Session) -> dict[str, list[dict]]:
 
 def _segment_evaluations(this: Round) -> list[dict]:
     """What a segment measured on its way, or its decay branch at its end."""
-    decayed = this.session.config.pretraining.decay_branch_iters > 0
-    record = this.record("decay_branch" if decayed else "pretrain" if this.number else "target") or {}
-    return [record["evaluation"]] if decayed and record else record.get("evaluations", [])
+    if this.session.config.pretraining.decay_branch_iters:
+        record = this.record("decay_branch")
+        return [record["evaluation"]] if record else []
+    record = this.record(this.training_stage)
+    return record["evaluations"] if record else []
 
 
 def _domains(session: Session) -> dict[str, dict]:

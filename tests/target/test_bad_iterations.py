@@ -11,9 +11,21 @@ import pytest
 import torch
 
 from megatron_bliss.base import checkpoint
+from megatron_bliss.config.config import CheckpointConfig
 from megatron_bliss.target.sequences import MicroBatch, TrainingSequences
 from tests.distributed import run_distributed
-from tests.targets import PRETRAINING, VOCAB_SIZE, grouped, layout, logged, make_corpus, train, written
+from tests.targets import (
+    PRETRAINING,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    logged,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+    written,
+)
 
 
 def not_finite(batch: MicroBatch) -> MicroBatch:
@@ -44,11 +56,12 @@ def state(folder: Path, step: int) -> tuple[str, ...]:
     return written(folder / "segment" / f"step_{step:08d}")
 
 
-def run(groups, prefix, folder, spoilt, monkeypatch, **changes):
+def run(groups, prefix, folder, spoilt, monkeypatch, **settings):
     monkeypatch.setattr(Poisoned, "spoilt", spoilt)
     monkeypatch.setattr("megatron_bliss.target.segment.TrainingSequences", Poisoned)
-    config = replace(PRETRAINING, on_nonfinite="skip", max_consecutive_skips=2, **changes)
-    return train(groups, layout(), prefix, folder, config=config, iterations=12, save_interval=1, keep=100)
+    config = replace(PRETRAINING, on_nonfinite="skip", max_consecutive_skips=2, **settings)
+    saving = CheckpointConfig(save_interval=1, keep=100)
+    return train(setup_of(groups), segment_of(prefix, 12), folder, config=config, saving=saving)
 
 
 def bad_iterations(rank: int, world_size: int, prefix: str, folder: str) -> dict:

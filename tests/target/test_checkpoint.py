@@ -16,12 +16,13 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.base.parallel import barrier
+from megatron_bliss.config.config import CheckpointConfig
 from megatron_bliss.target import checkpoint as target_checkpoint
 from megatron_bliss.target import torch_dist
 from megatron_bliss.target.checkpoint import load_target_weights_from, save_target, start_save
 from megatron_bliss.target.model import Target
 from tests.distributed import run_distributed
-from tests.targets import grouped, layout, make_corpus, make_target, train
+from tests.targets import grouped, layout, make_corpus, make_target, segment_of, setup_of, train
 
 
 @pytest.fixture
@@ -275,17 +276,8 @@ def train_and_save(rank: int, world_size: int, prefix: str, folder: str) -> tupl
     outcomes = []
     with grouped(layout()) as groups:
         for name in ("synchronous", "asynchronous"):
-            is_async = name == "asynchronous"
-            result, entries = train(
-                groups,
-                layout(),
-                prefix,
-                Path(folder) / name,
-                save_interval=2,
-                keep=3,
-                async_save=is_async,
-                iterations=9,
-            )
+            saving = CheckpointConfig(save_interval=2, keep=3, async_save=name == "asynchronous")
+            result, entries = train(setup_of(groups), segment_of(prefix, 9), Path(folder) / name, saving=saving)
             saved = {path.name: digests(path) for path in result.checkpoint.parent.glob("step_*")}
             outcomes.append(([entry["loss"] for entry in entries], saved))
         write = torch_dist.Writer.write
@@ -297,9 +289,8 @@ def train_and_save(rank: int, world_size: int, prefix: str, folder: str) -> tupl
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="rank 1 .*No space left"):
             patch.setattr(torch_dist.Writer, "write", fail_on_the_last)
-            train(
-                groups, layout(), prefix, Path(folder) / "asynchronous", iterations=12, save_interval=2, async_save=True
-            )
+            saving = CheckpointConfig(save_interval=2, async_save=True)
+            train(setup_of(groups), segment_of(prefix, 12), Path(folder) / "asynchronous", saving=saving)
         path = checkpoint.latest(Path(folder) / "asynchronous" / "segment")
         outcomes.append(path.name)
         if groups.is_main:  # each file is looked at by one rank of the node; every rank learns what it found

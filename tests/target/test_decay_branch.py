@@ -10,64 +10,49 @@ import pytest
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.config.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.config.config import CheckpointConfig, OptimizerConfig
 from megatron_bliss.target.decay_branch import train_decay_branch
+from megatron_bliss.target.segment import Recording
 from tests.distributed import run_distributed
 from tests.targets import (
-    NEOX,
+    LOGGING,
     PRETRAINING,
-    SEQ_LENGTH,
     evaluator,
     grouped,
     layout,
     logged,
     make_corpus,
+    segment_of,
+    setup_of,
     train,
     written,
 )
 
 CONFIG = replace(
     PRETRAINING,
-    decay_branch_iters=4,
     optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="constant", lr_warmup_iters=3),
 )
 
 
-def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, **changes):
+def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, seed: int = 77, evaluate=None):
+    """Four iterations from the main line's checkpoint after ``first`` of its twelve."""
     metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
-    options = {
-        "config": CONFIG,
-        "start": start,
-        "first_iteration": first,
-        "total_iterations": 12,
-        "folder": folder / "branch",
-        "evaluate": evaluator(groups),
-        "target_config": layout(),
-        "architecture": NEOX,
-        "groups": groups,
-        "platform": PlatformConfig(),
-        "data_prefix": prefix,
-        "seq_length": SEQ_LENGTH,
-        "seed": 77,
-        "save_interval": 2,
-        "metrics": metrics,
-        "log_interval": 1,
-        "arm": "random",
-        "round": 1,
-    }
+    segment = replace(segment_of(prefix, first + 4, first=first, total=12, start=start), seed=seed)
+    saving, evaluate = CheckpointConfig(save_interval=2), evaluate or evaluator(groups)
+    recording = Recording(folder / "branch", saving, LOGGING, metrics, evaluate, arm="random", round=1)
     try:
-        return train_decay_branch(**{**options, **changes})
+        return train_decay_branch(setup_of(groups), CONFIG, segment, recording)
     finally:
         metrics.close()
 
 
 def main_line(groups, prefix: str, folder: Path, with_branches: bool) -> list:
     """Two segments of six iterations, with a branch after each or none."""
-    go = partial(train, groups, layout(), prefix, config=CONFIG, total_iterations=12, evaluate=evaluator(groups))
-    first, _ = go(folder / "first", iterations=6)
+    go = partial(train, setup_of(groups), config=CONFIG, evaluate=evaluator(groups))
+    first, _ = go(segment_of(prefix, 6, total=12), folder / "first")
     if with_branches:
         branch(groups, prefix, folder / "one", first.checkpoint)
-    second, _ = go(folder / "second", start=first.checkpoint, first_iteration=6, iterations=12)
+    second, _ = go(segment_of(prefix, 12, first=6, start=first.checkpoint), folder / "second")
     if with_branches:
         branch(groups, prefix, folder / "two", second.checkpoint, 12)
     both = [logged(folder / name, groups) for name in ("first", "second")]
@@ -101,7 +86,7 @@ def test_a_branch_falls_to_the_lowest_rate_and_goes_on_after_a_kill(tmp_path):
         raise Killed
 
     with grouped(layout()) as groups:
-        start = train(groups, layout(), prefix, tmp_path / "main", config=CONFIG, iterations=6)[0].checkpoint
+        start = train(setup_of(groups), segment_of(prefix, 6), tmp_path / "main", config=CONFIG)[0].checkpoint
         whole = branch(groups, prefix, tmp_path / "whole", start)
         with pytest.raises(Killed):
             branch(groups, prefix, tmp_path / "killed", start, evaluate=die)

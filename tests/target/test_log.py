@@ -9,16 +9,15 @@ import pytest
 
 from megatron_bliss.base.metrics import MetricsLogger, read_metrics
 from megatron_bliss.base.progress import progress
-from megatron_bliss.target.log import MEASURED, TrainingLog
+from megatron_bliss.target.log import MEASURED, TrainingLog, Workload
 
 
 @pytest.mark.parametrize("peak", [None, 4e12])
 def test_speed_counts_each_device_s_share(peak, tmp_path):
     metrics = MetricsLogger(tmp_path, is_writer=True, tensorboard=False)
-    log = TrainingLog(
-        metrics, 1, True, tokens_per_iteration=1000, flops_per_iteration=8e12, devices=2, peak_flops=peak, speaks=True,
-        arm="bliss", round=1, stage="pretrain",
-    )  # fmt: skip
+    labels = {"arm": "bliss", "round": 1, "stage": "pretrain"}
+    workload = Workload(tokens=1000, flops=8e12, devices=2, peak_flops=peak)
+    log = TrainingLog(metrics, labels, workload, interval=1, show_progress=True, speaks=True)
     for seconds in (1.0, 3.0):
         log.count(seconds)
     speed = log.speed()

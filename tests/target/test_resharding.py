@@ -14,12 +14,25 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.bilevel.train import World
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.config import CheckpointConfig, PlatformConfig
 from megatron_bliss.models.loop import run_steps
-from megatron_bliss.target.segment import evaluate_loss, load_target
+from megatron_bliss.target.loss import evaluate_loss
+from megatron_bliss.target.setup import load_target
 from tests.bilevel.trainers import CONFIG, make_trainer
 from tests.distributed import run_distributed
-from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
+from tests.targets import (
+    LLAMA,
+    LOGGING,
+    NEOX,
+    PRETRAINING,
+    grouped,
+    layout,
+    make_batches,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+)
 
 SAVED, STOPPED, WHOLE = 6, 7, 12
 
@@ -39,29 +52,20 @@ def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple]) -> list:
         config, platform = layout(tensor, pipeline), PlatformConfig(params_dtype=dtype)
         training = replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer, eval_interval=STOPPED)
         with grouped(config, platform) as groups:
+            setup = setup_of(groups, config, architecture, platform)
             result, entries = train(
-                groups,
-                config,
-                prefix,
+                setup,
+                segment_of(prefix, WHOLE),
                 folder,
-                architecture=architecture,
-                platform=platform,
                 config=training,
-                iterations=WHOLE,
-                save_interval=SAVED,
-                log_interval=4,  # losses of two iterations are not logged yet where the checkpoint is written
+                saving=CheckpointConfig(save_interval=SAVED),
+                # Losses of two iterations are not logged yet where the checkpoint is written.
+                logging=replace(LOGGING, log_interval=4),
                 evaluate=partial(held_out, groups),
             )
-            target = load_target(
-                result.checkpoint,
-                target_config=config,
-                architecture=architecture,
-                groups=groups,
-                platform=platform,
-                seq_length=SEQ_LENGTH,
-            )
+            target = load_target(result.checkpoint, setup)
             losses = held_out(groups, target)
-        assert losses == result.evaluations[-1][2]  # as read back from disk, bit for bit
+        assert losses == result.evaluations[-1].losses  # as read back from disk, bit for bit
         outcomes.append((curve(entries), losses["held_out"]))
     return outcomes
 
