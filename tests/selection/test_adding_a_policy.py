@@ -53,7 +53,8 @@ print(yaml.safe_load(dump_yaml(config))["selection"]["skip"], kept_share(config.
 """
     options = ["--selection.policy", "below_top", "--selection.skip", "0.25", "--selection.fraction"]
     assert run_in(copy, "-c", code, *options, "0.5").stdout == "0.25 0.5\n"
-    assert "found selection.fraction 2.0, expected a share" in run_in(copy, "-c", code, *options, "2").stderr
+    wrong = run_in(copy, "-c", code, *options, "0.5", "--selection.skip", "1").stderr
+    assert "found selection.skip 1.0, expected 0 or more, less than 1" in wrong
     text = " ".join(run_in(copy, str(copy / "pretrain_bliss.py"), "--help").stdout.split())
     assert "--selection.skip SKIP below_top: share of units with the highest scores that is left out." in text
     assert "top_fraction, gumbel, proportional, quotas, below_top: share of units kept." in text
