@@ -68,5 +68,5 @@ POLICY = Policy(
     needs=("lengths",),
     required=("tokens",),
     in_a_run=lambda settings, round_tokens: replace(settings, tokens=settings.tokens or round_tokens),
-    share=lambda settings, tokens: min(1.0, settings.tokens / tokens),
+    share=lambda settings, tokens: min(1.0, settings.tokens / max(1, tokens)),
 )
