@@ -73,7 +73,7 @@ def parse_shares(setting: str, entries: list[str]) -> SHARES:
         return {name: float(share) for name, share in (entry.rsplit("=", 1) for entry in entries)}
     except ValueError as error:
         raise ValueError(
-            f"{setting} {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --{setting}"
+            f"{setting} {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --{setting.replace('_', '-')}"
         ) from error
 
 
@@ -106,7 +106,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", type=float, nargs="+", help="mean: one weight per score file (each is standardised first)")
     add("--exclude", nargs="+", default=[], help="files of unit numbers (.npy or text), or prefixes of other subsets")
     add("--compact", action="store_true", help="write the chosen tokens to a .bin of their own, in order")
-    add("--seed", type=int, default=0, help="draws among units of equal score, and for gumbel")
+    add("--seed", type=int, default=0, help="of all that is drawn: units of equal score, and more by some policies")
     return parser.parse_args(arguments)
 
 

@@ -203,17 +203,18 @@ def test_a_wrong_option_ends_it_as_it_would_end_the_run(capsys) -> None:
 
 
 CUDA_BUILD_ON_A_LOGIN_NODE = """
-import sys
+import importlib, sys
 import torch
-torch.cuda._is_compiled = lambda: True
-torch.cuda.is_available = lambda: False
 import tools.plan
 try:
     tools.plan.main(sys.argv[1:])
 except ValueError as error:
     print(error, 'torch.utils.cpp_extension' in sys.modules)
-import megatron_bliss.plan, torch.utils.cpp_extension
-print(torch.utils.cpp_extension.CUDA_HOME)
+import torch.utils.cpp_extension as builder
+torch.version.cuda = '13.0'
+torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
+importlib.reload(builder)
+print(builder.CUDA_HOME)
 """
 
 
