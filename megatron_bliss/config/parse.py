@@ -41,19 +41,25 @@ def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
     parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(_whole(tables), as_group=False, fail_untyped=True)
-    _show_bounds(parser, tables)
+    whole = _whole(tables)
+    parser.add_class_arguments(whole, as_group=False, fail_untyped=True)
+    _show_bounds(parser, whole())
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
     values, types = vars(parser.instantiate(namespace)), get_type_hints(Config)
     gathered = {name: _gather(types[name], values[name]) for name in _choosing(tables)}
-    gathered |= {SEVERAL[option]: vars(values[SEVERAL[option]]) for option in tables if option in SEVERAL}
+    gathered |= {section: vars(values[section]) for section in _choosing_several(tables)}
     return Config(**(values | gathered))
 
 
 def _choosing(tables: Tables) -> dict[str, str]:
-    """{section: its option that makes a choice}."""
+    """{section: its option that makes a choice of one}."""
     return dict(option.split(".") for option in tables if option not in SEVERAL)
+
+
+def _choosing_several(tables: Tables) -> dict[str, str]:
+    """{section of sections: option that chooses several}."""
+    return {SEVERAL[option]: option for option in tables if option in SEVERAL}
 
 
 def _whole(tables: Tables) -> type:
@@ -62,15 +68,10 @@ def _whole(tables: Tables) -> type:
     for section, choice in _choosing(tables).items():
         shown = _section_options(options[section].type, choice, tables[f"{section}.{choice}"])
         options[section] = dataclasses.replace(options[section], type=shown, default=shown())
-    for option in SEVERAL.keys() & tables.keys():
-        options[option] = _with_records(options[option], tables[option])
-        section = options[SEVERAL[option]]
-        shown = dataclasses.make_dataclass(
-            SEVERAL[option],
-            [(name, settings, field(default_factory=settings)) for name, settings in _each(tables[option]).items()],
-            namespace={"__doc__": section.help},
-        )
-        options[section.name] = dataclasses.replace(section, type=shown, default=shown())
+    for section, choice in _choosing_several(tables).items():
+        options[choice] = _with_records(options[choice], tables[choice])
+        shown = _sections(options[section], tables[choice])
+        options[section] = dataclasses.replace(options[section], type=shown, default=shown())
     return _options_class(Config, options, {name: one.help for name, one in options.items()})
 
 
@@ -88,18 +89,22 @@ def _with_records(option: Setting, table: Mapping[str, Choice]) -> Setting:
     return dataclasses.replace(option, help=f"{option.help} {names}.")
 
 
-def _each(table: Mapping[str, Choice]) -> dict[str, type]:
-    """{record: its settings}, without those that have none."""
-    return {name: record.settings for name, record in table.items() if record.settings is not None}
+def _sections(section: Setting, table: Mapping[str, Choice]) -> type:
+    """A dataclass with the settings of each record that has some."""
+    records = {name: record.settings for name, record in table.items() if record.settings is not None}
+    parts = [(name, settings, field(default_factory=settings)) for name, settings in records.items()]
+    return dataclasses.make_dataclass(section.name, parts, namespace={"__doc__": section.help})
 
 
 def _options_class(like: type, options: Mapping[str, Setting], texts: Mapping[str, str]) -> type:
     """A dataclass with these fields; jsonargparse takes their lines of help from its docstring."""
     lines = "\n".join(f"    {name}: {text}" for name, text in texts.items() if text)
+    parts = [
+        (one.name, one.type, field(default_factory=partial(copy.copy, one.default), metadata=one.metadata))
+        for one in options.values()
+    ]
     return dataclasses.make_dataclass(
-        like.__name__,
-        [(one.name, one.type, field(default_factory=partial(copy.copy, one.default))) for one in options.values()],
-        namespace={"__doc__": f"{like.__doc__}\n\nArgs:\n{lines}\n"},
+        like.__name__, parts, namespace={"__doc__": f"{like.__doc__}\n\nArgs:\n{lines}\n"}
     )
 
 
@@ -110,14 +115,9 @@ def _gather(section: type, values: object) -> object:
     return section(**own, settings={name: value for name, value in given.items() if name not in own})
 
 
-def _show_bounds(parser: ArgumentParser, tables: Tables) -> None:
+def _show_bounds(parser: ArgumentParser, options: object) -> None:
     """Put the bounds of each option behind its line of help."""
-    sections = {SEVERAL[option]: _each(table) for option, table in tables.items() if option in SEVERAL}
-    defaults = {name: {key: settings() for key, settings in each.items()} for name, each in sections.items()}
-    bounds = {name: bounds for name, _, bounds in bounded_fields(Config(**defaults))}
-    for section, choice in _choosing(tables).items():
-        for settings in _each(tables[f"{section}.{choice}"]).values():
-            bounds |= {name: bounds for name, _, bounds in bounded_fields(settings(), section)}
+    bounds = {name: bounds for name, _, bounds in bounded_fields(options)}
     for action in parser._actions:  # argparse has no public way to them
         if action.dest in bounds:
             action.help = f"{action.help} [{bounds[action.dest]}]"

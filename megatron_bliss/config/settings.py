@@ -6,7 +6,7 @@ A field that several records have is one option, with one meaning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar, get_type_hints
 
 import docstring_parser
@@ -31,6 +31,8 @@ class Setting:
     type: Any
     default: Any
     help: str
+    metadata: Mapping[str, Any]
+    """Of its field: bounds."""
     choices: tuple[str, ...] = ()
     """Those that have it."""
 
@@ -47,7 +49,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
     found = {}
     for one in fields(cls):
         help_text = " ".join((texts.get(one.name) or "").split())
-        found[one.name] = Setting(one.name, types[one.name], _default(one), help_text)
+        found[one.name] = Setting(one.name, types[one.name], _default(one), help_text, one.metadata)
     return found
 
 
@@ -57,7 +59,7 @@ def merged_settings(table: Mapping[str, Choice]) -> dict[str, Setting]:
     for choice, record in table.items():
         for name, one in settings_of(record.settings).items() if record.settings is not None else ():
             others = found[name].choices if name in found else ()
-            found[name] = Setting(name, one.type, one.default, one.help, (*others, choice))
+            found[name] = replace(one, choices=(*others, choice))
     return found
 
 
