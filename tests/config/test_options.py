@@ -13,11 +13,11 @@ from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel.solve import SOLVERS
 from megatron_bliss.config import bilevel, models, platform, stages, training
 from megatron_bliss.config.bounds import METADATA_KEY, Bounds
-from megatron_bliss.config.config import Config
 from megatron_bliss.models.optimizer import DECAYS
 from megatron_bliss.models.score import ACTIVATIONS
 from megatron_bliss.models.transformer import BLOCKS
 from megatron_bliss.run.checks import parse_arguments
+from megatron_bliss.run.options import TABLES, parse_options
 
 ANY_FINITE_NUMBER = {"selection.threshold"}
 """Scores have either sign and any size, and so has the lowest that is kept."""
@@ -46,7 +46,16 @@ def leaves(hint: Any) -> Iterator[Any]:
         yield hint
 
 
-OPTIONS = {name: (types, field) for name, types, field in numeric_options(Config())}
+def all_options() -> Iterator[tuple[str, set[type], dataclasses.Field]]:
+    """Those of every section, of every arm, and of every record that one option chooses from."""
+    yield from numeric_options(parse_options([]))
+    for option, table in TABLES.items():
+        section, _, chooses_one = option.partition(".")
+        for record in table.values() if chooses_one else ():
+            yield from numeric_options(record.settings(), f"{section}.")
+
+
+OPTIONS = {name: (types, field) for name, types, field in all_options()}
 
 
 def values_outside(bounds: Bounds, types: set[type]) -> Iterator[float]:
@@ -70,6 +79,7 @@ def written(value: float, types: set[type], field: dataclasses.Field) -> str:
 
 def test_the_walk_finds_options_of_every_kind() -> None:
     some = {"seed", "round", "data.blend_weights", "selection.quotas", "proxy.warmup_optimizer.lr", "target.num_layers"}
+    some |= {"selection.threshold", "selection.tokens", "selection.epoch_warning", "baselines.mates.lr"}
     assert some <= set(OPTIONS) and "bilevel.compile" not in OPTIONS and "data.split" not in OPTIONS
 
 
