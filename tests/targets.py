@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +11,24 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bliss.base import parallel
+from megatron_bliss.base import checkpoint, parallel
 from megatron_bliss.base.metrics import MetricsLogger, read_metrics
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, PretrainingConfig, TargetConfig
+from megatron_bliss.config.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PlatformConfig,
+    PretrainingConfig,
+    TargetConfig,
+)
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.target.log import MEASURED
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import Target, build_target
-from megatron_bliss.target.segment import SegmentResult, train_segment
+from megatron_bliss.target.segment import Recording, Segment, SegmentResult, train_segment
+from megatron_bliss.target.setup import TargetSetup
 
 VOCAB_SIZE = 100  # not a multiple of 128, and with a part of the padding on each of two ranks' halves
 SEQ_LENGTH = 16
@@ -94,33 +104,64 @@ PRETRAINING = PretrainingConfig(
 )
 
 
+SAVING = CheckpointConfig(save_interval=5)
+LOGGING = LoggingConfig(log_interval=1, progress="none")
+
+
+def setup_of(
+    groups: Groups,
+    config: TargetConfig | None = None,
+    architecture: Architecture = NEOX,
+    platform: PlatformConfig | None = None,
+    seed: int = 5,
+) -> TargetSetup:
+    return TargetSetup(config or layout(), architecture, groups, platform or PlatformConfig(), SEQ_LENGTH, seed)
+
+
+def segment_of(
+    prefix: str, last: int = 20, *, first: int = 0, total: int | None = None, start: Path | None = None
+) -> Segment:
+    """Iterations ``first`` to ``last`` of ``total`` (all of them without one)."""
+    return Segment(prefix, 5, first, last, total or last, start=start)
+
+
 def train(
-    groups: Groups, target_config: TargetConfig, prefix: str, folder: Path | str, *, iterations: int = 20, **changes
+    setup: TargetSetup,
+    segment: Segment,
+    folder: Path | str,
+    *,
+    config: PretrainingConfig = PRETRAINING,
+    saving: CheckpointConfig = SAVING,
+    logging: LoggingConfig = LOGGING,
+    evaluate: Callable[[Target], dict[str, float]] | None = None,
 ) -> tuple[SegmentResult, list[dict]]:
     """Train a segment with a metrics file; returns its result and, on the main rank, what it logged."""
-    folder = Path(folder)
-    metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
-    options = {
-        "config": PRETRAINING,
-        "target_config": target_config,
-        "architecture": NEOX,
-        "groups": groups,
-        "platform": PlatformConfig(),
-        "data_prefix": prefix,
-        "seq_length": SEQ_LENGTH,
-        "seed": 5,
-        "start": None,
-        "first_iteration": 0,
-        "last_iteration": iterations,
-        "total_iterations": iterations,
-        "folder": folder / "segment",
-        "save_interval": 5,
-        "metrics": metrics,
-        "log_interval": 1,
-        "arm": "random",
-    }
+    folder, is_main = Path(folder), setup.groups.is_main
+    metrics = MetricsLogger(folder, is_writer=is_main, tensorboard=False)
+    recording = Recording(folder / "segment", saving, logging, metrics, evaluate, arm="random")
     try:
-        result = train_segment(**{**options, **changes})
+        result = train_segment(setup, config, segment, recording)
     finally:
         metrics.close()
-    return result, read_metrics(folder / "metrics.jsonl") if groups.is_main else []
+    return result, read_metrics(folder / "metrics.jsonl") if is_main else []
+
+
+def evaluator(groups: Groups) -> Callable[[Target], dict[str, float]]:
+    """What a segment measures on its way: the loss on ``make_batches``."""
+    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
+
+
+def written(path: Path) -> tuple[str, ...]:
+    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
+    files = checkpoint.read_manifest(path)["files"]
+    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    """What a segment logged, but for what it measured of the machine."""
+    return [{name: value for name, value in entry.items() if name not in ("time", *MEASURED)} for entry in entries]
+
+
+def logged(folder: Path, groups: Groups) -> list[dict]:
+    """The lines of a folder's metrics on the main rank, none on others, without times."""
+    return without_times(read_metrics(folder / "metrics.jsonl")) if groups.is_main else []

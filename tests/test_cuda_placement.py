@@ -40,12 +40,12 @@ from megatron_bliss.evaluation.target_model import TargetBackbone
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
 from megatron_bliss.target.checkpoint import load_target_and_optimizer, save_target
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import Target, build_target
-from megatron_bliss.target.segment import evaluate_loss
 from megatron_bliss.target.sequences import MicroBatch
 from megatron_bliss.target.trainer import TargetTrainer
 from tests.bilevel.problems import architecture, random_batch, random_teacher, random_weights, score_model
-from tests.bilevel.test_train import CONFIG, OPTIMIZER, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.bilevel.trainers import CONFIG, OPTIMIZER, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.claimed_cuda import PlacementError, claimed_cuda, to_cpu
 from tests.distributed import run_distributed
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_batches
@@ -114,7 +114,7 @@ def test_misplaced_tensors_are_caught(groups: Groups) -> None:
     ],
     ids=["sgd", "hessian", "conjugate gradient in bf16", "neumann"],
 )
-def test_bilevel_steps_and_their_resumption(changes: dict, groups: Groups) -> None:
+def test_bilevel_steps_and_their_resumption_stay_on_the_device(changes: dict, groups: Groups) -> None:
     config = dataclasses.replace(CONFIG, **changes)
 
     def work(groups: Groups):
@@ -133,7 +133,7 @@ def test_bilevel_steps_and_their_resumption(changes: dict, groups: Groups) -> No
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_gradients_and_products(family: str, recompute: bool, groups: Groups) -> None:
+def test_gradients_and_products_stay_on_the_device(family: str, recompute: bool, groups: Groups) -> None:
     sizes = architecture(family, tied=family == "llama", groups=1 if family == "llama" else 2)
     options = {"kl_weight": 0.3, "l2_weight": 0.1, "micro_batch_size": 2, "recompute": recompute}
 
@@ -150,18 +150,17 @@ def test_gradients_and_products(family: str, recompute: bool, groups: Groups) ->
             for kind in curvature.CURVATURES
             for direction in ("proxy_to_target", "target_to_proxy")
         ]
-        losses = curvature.sample_losses(model, batch, teacher=teacher, micro_batch_size=2)
         phi = curvature.validation_weights(batch, groups.world_group)
-        influence = curvature.influence(model, batch, z, micro_batch_size=2)
         gradient = curvature.gradient(model, batch, weights, **shared)[1].flat
         low = precision_warnings(model, batch, torch.bfloat16, "gauss_newton")
-        found = [(p.gradient.flat, p.product.flat, p.influence, p.loss, p.kl) for p in products]
-        return found, tuple(losses), phi, influence, gradient, low
+        losses = [(p.influence, p.sample_losses, p.sample_kl, p.loss, p.kl) for p in products]
+        found = [(p.gradient.flat, p.product.flat) for p in products]
+        return found, losses, phi, gradient, low
 
     assert_same(work, groups)
 
 
-def test_the_proxys_warm_up(groups: Groups) -> None:
+def test_the_proxys_warm_up_stays_on_the_device(groups: Groups) -> None:
     def work(groups: Groups):
         proxy = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, device=groups.device)
         batches = BatchSchedule(RandomUnits(20, 1), 4, seed=5, rank=0, world_size=1)
@@ -171,7 +170,7 @@ def test_the_proxys_warm_up(groups: Groups) -> None:
     assert_same(work, groups)
 
 
-def test_scores_and_what_is_said_of_broken_ones(groups: Groups, tmp_path: Path) -> None:
+def test_scores_and_what_is_said_of_broken_ones_are_the_same_on_the_device(groups: Groups, tmp_path: Path) -> None:
     source = RandomUnits(11, 3)
 
     def work(groups: Groups):
@@ -211,7 +210,7 @@ def evaluate_a_proxy(groups: Groups, folder: Path):
     return answers, list(cached.values()), generate(backbone, tokenizer, jobs, batch_tokens=32)
 
 
-def test_evaluation_of_a_proxy(groups: Groups, tmp_path: Path) -> None:
+def test_the_evaluation_of_a_proxy_stays_on_the_device(groups: Groups, tmp_path: Path) -> None:
     assert_same(lambda groups: evaluate_a_proxy(groups, tmp_path), groups)
 
 
@@ -240,7 +239,7 @@ def train_a_target(groups: Groups, target: Target, **changes):
 
 
 @pytest.mark.parametrize("is_llama", [False, True])
-def test_a_target_in_one_process(is_llama: bool, groups: Groups, tmp_path: Path) -> None:
+def test_a_target_trains_saves_and_answers_on_the_device(is_llama: bool, groups: Groups, tmp_path: Path) -> None:
     """megatron-core's model, schedule and optimizer, a checkpoint, and evaluation with branches."""
     sizes, dtype = (LLAMA, torch.bfloat16) if is_llama else (NEOX, torch.float32)
 

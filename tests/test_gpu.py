@@ -13,8 +13,8 @@ from megatron_bliss.bilevel.curvature import curvature_product
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import World
 from megatron_bliss.models.transformer import build_lm
-from tests.bilevel.test_train import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
-from tests.run.test_rounds import corpus, run  # noqa: F401 - a fixture
+from tests.bilevel.trainers import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.runs import run
 from tests.targets import SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_an_offloaded_target_teaches_the_same_and_leaves_the_device() -> None:
         assert {p.device.type for p in target[0].parameters()} == {"cpu"}
 
 
-def test_a_whole_run_ends_with_finite_losses(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_whole_run_ends_with_finite_losses(corpus: Path, tmp_path: Path) -> None:
     result = run(corpus, tmp_path / "run", "--platform.device", "cuda", "--platform.params_dtype", "bf16")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

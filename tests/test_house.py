@@ -88,6 +88,16 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         assert len(parameters) <= MOST_PARAMETERS, f"{function.name} has {len(parameters)} parameters"
 
 
+def test_what_tests_share_stands_in_no_test_file() -> None:
+    """A test file can be split, renamed or taken out without a look at the others."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found = [name for name in names if name.startswith("tests.") and ".test_" in name]
+            assert not found, f"{path.relative_to(ROOT)} imports {found}: move what both need to a file beside them"
+
+
 def test_the_tests_have_the_same_tree() -> None:
     """Every folder of tests of the package is a room, or a part of one."""
     own = {"tools", "examples"}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this file's folder alone is on the path
 
+from megatron_bliss.base.command import command  # noqa: E402
 from megatron_bliss.base.files import atomic_file  # noqa: E402
 from tools.benchmarks import bilevel, data, evaluation, memory, pretrain, table  # noqa: E402
 
@@ -40,24 +41,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("benchmark", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     module, markdown = COMMANDS[options.command]
-    try:
-        result = module.run(options)
-        if result is None:
-            return 0
-        words = ["python", "tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)]
-        page = markdown(result, shlex.join(words))
-        if options.output:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(options.output, "w") as stream:
-                stream.write(page)
-    except (ValueError, OSError) as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result, indent=2) if options.json else page, flush=True)
+    result = module.run(options)
+    if result is None:
+        return 0
+    words = ["python", "tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)]
+    page = markdown(result, shlex.join(words))
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(options.output, "w") as stream:
+            stream.write(page)
+    print(json.dumps(result, indent=2) if options.json else page)
     return 0
 
 

@@ -16,6 +16,8 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from megatron_bliss.base.command import command
+
 PACKAGE = "megatron_bliss"
 
 
@@ -63,10 +65,10 @@ def describe() -> str:
     return f"Python {sys.version.split()[0]}, {versions}"
 
 
+@command("setup", errors=())
 def main(extras: list[str]) -> int:
     """Print what is wrong, or what is there; returns the exit status."""
     warnings.simplefilter("ignore")
-    importlib.import_module(PACKAGE)  # first: it settles what megatron-core warns of
     modules = importable()
     problems = [found for found in (problem(one, modules) for one in requirements(extras)) if found]
     for found in problems:

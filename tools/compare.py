@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import atomic_file, write_json
 from megatron_bliss.evaluation.results import find_results, markdown
 
@@ -44,14 +45,11 @@ def _labelled(label: str, name: str, count: int) -> str:
     return label if count == 1 else f"{label}: {name.split(': ', 1)[-1]}"
 
 
+@command("compare", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        rows = collect(options.results, options.every_round)
-    except (ValueError, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 1
+    rows = collect(options.results, options.every_round)
     if not options.output:
         print(markdown(rows), end="")
     elif options.output.endswith(".json"):

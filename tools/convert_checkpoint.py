@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bliss.base import checkpoint, parallel
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import publish, sync_folder, write_json
 from megatron_bliss.config.config import PlatformConfig, TargetConfig
 from megatron_bliss.models.convert import (
@@ -304,14 +305,11 @@ def run(options: argparse.Namespace) -> Converted:
         return CONVERSIONS[source_format, to_format](Path(source), folder, options)
 
 
+@command("convert_checkpoint", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        result = run(options)
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 1
+    result = run(options)
     arch = result.arch
     print(
         f"{options.to[1]}: {arch.architecture}, {arch.num_layers} layers x {arch.hidden_size}, vocabulary "

@@ -13,9 +13,13 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_bliss.base.command import command
 from megatron_bliss.config.config import EvaluationConfig, PlatformConfig
 from megatron_bliss.evaluation.checks import check_files, check_installed
 from megatron_bliss.run.options import read_config
+
+RANK = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+"""Under torchrun: which process speaks."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,15 +86,10 @@ def evaluate(options: argparse.Namespace) -> None:
         parallel.destroy()
 
 
+@command(f"evaluate: error{RANK}", (ValueError, FileNotFoundError), status=2)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parse_arguments(arguments)
-    try:
-        evaluate(options)
-    except (ValueError, FileNotFoundError) as error:
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"evaluate: error{rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+    evaluate(parse_arguments(arguments))
     return 0
 
 

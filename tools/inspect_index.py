@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_bliss.base.command import command
+from megatron_bliss.base.text import align
 from megatron_bliss.data.compare import compare_units
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path, read_manifest
@@ -21,7 +23,6 @@ from megatron_bliss.data.subset import root_prefix
 from megatron_bliss.data.tokenizers import KINDS, Tokenizer, load_recorded_tokenizer, load_tokenizer
 from megatron_bliss.data.validation import ValidationCorpus
 from megatron_bliss.data.verify import is_contiguous, verify_corpus
-from megatron_bliss.report.summary import align
 
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 
@@ -182,16 +183,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("inspect_index", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        found = COMMANDS[options.command](options)
-        if options.json:
-            print(json.dumps(found, ensure_ascii=False, indent=2))
-    except (ValueError, OSError) as error:
-        print(f"inspect_index: {error}", file=sys.stderr)
-        return 1
+    found = COMMANDS[options.command](options)
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
     return 0
 
 

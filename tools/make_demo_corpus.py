@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Iterable
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import atomic_file
 from megatron_bliss.data import cloze
 from megatron_bliss.data.demo import domains
@@ -130,12 +131,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("make_demo_corpus")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     if options.megabytes <= 0 or options.files < 1:
-        print("make_demo_corpus: --megabytes and --files must be positive", file=sys.stderr)
-        return 1
+        raise ValueError("--megabytes and --files must be positive")
     print_sizes(make_demo_corpus(options.output, options.megabytes, options.files, options.seed))
     return 0
 

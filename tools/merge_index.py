@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.command import command
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.merge import merge_corpora
 
@@ -25,17 +26,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("merge_index", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        prefix = merge_corpora(
-            options.input_prefixes, options.output_folder, label=options.label, drop_repeated=options.drop_repeated
-        )
-        manifest = read_manifest(prefix)
-    except (ValueError, OSError) as error:
-        print(f"merge_index: {error}", file=sys.stderr)
-        return 1
+    prefix = merge_corpora(
+        options.input_prefixes, options.output_folder, label=options.label, drop_repeated=options.drop_repeated
+    )
+    manifest = read_manifest(prefix)
     counts = manifest["counts"]
     copied = "nothing copied" if manifest["kind"] == "subset" else f"{manifest['bin_bytes']:,} bytes copied"
     print(f"{prefix}: {counts['units']:,} units, {counts['tokens']:,} tokens, {copied}")

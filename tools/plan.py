@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import write_json
 from megatron_bliss.run.checks import check_options
 from megatron_bliss.run.options import parse_options
@@ -39,6 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     return parser.parse_known_args(arguments)
 
 
+@command("plan.py: error", status=2)  # as in pretrain_bliss.py
 def main(arguments: list[str] | None = None) -> int:
     """Print the plan; returns the exit status."""
     options, others = parse_arguments(arguments)
@@ -58,16 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     tokens = None if options.corpus_tokens is None else int(options.corpus_tokens)
     plan = make_plan(config, machine, corpus_tokens=tokens, vocab_size=options.vocab_size)
-    print(format_plan(plan))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, plan)
+    print(format_plan(plan))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:  # the user's to mend, as in pretrain_bliss.py
-        print(f"plan.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.command import command
 from megatron_bliss.data.text_tasks import KINDS, TextTaskSettings, make_text_tasks
 from megatron_bliss.evaluation.data_files import write_checksums
 from megatron_bliss.evaluation.huggingface_cache import SOURCES, default_cache, export_tasks
@@ -58,18 +59,15 @@ def from_text(options: argparse.Namespace) -> None:
         print(f"{options.output}/{task['file']}: task {name}, {task['items']:,} items{chance}")
 
 
+@command("prepare_evaluation", (ValueError, FileNotFoundError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        if options.from_text:
-            from_text(options)
-            return 0
-        cache_dir = options.cache_dir or default_cache()
-        found, missing = export_tasks(cache_dir, options.output, options.tasks or list(SOURCES))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"prepare_evaluation: {error}", file=sys.stderr)
-        return 1
+    if options.from_text:
+        from_text(options)
+        return 0
+    cache_dir = options.cache_dir or default_cache()
+    found, missing = export_tasks(cache_dir, options.output, options.tasks or list(SOURCES))
     for line in found:
         print(line)
     if missing:

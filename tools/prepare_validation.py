@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.command import command
 from megatron_bliss.data.tokenizers import KINDS
 from megatron_bliss.data.validation import LABELS, ValidationSettings, parse_split, prepare_validation
 
@@ -48,16 +49,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("prepare_validation", (ValueError, FileNotFoundError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = vars(parse_arguments(arguments))
     options["inputs"] = options.pop("input")
-    try:
-        options["split"] = parse_split(options["split"])
-        manifest = prepare_validation(ValidationSettings(**options))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"prepare_validation: {error}", file=sys.stderr)
-        return 1
+    options["split"] = parse_split(options["split"])
+    manifest = prepare_validation(ValidationSettings(**options))
     print(
         f"{options['output_prefix']}: " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bliss.base.command import command
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.ingest.shards import merge_shards
 from megatron_bliss.data.tokenizers import KINDS
@@ -92,14 +93,11 @@ def make(options: argparse.Namespace) -> dict:
     return preprocess(PreprocessSettings(**values), progress=progress)
 
 
+@command("preprocess_data", (ValueError, OSError, RuntimeError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        manifest = make(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"preprocess_data: {error}", file=sys.stderr)
-        return 1
+    manifest = make(options)
     counts = ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
     print(f"{options.output_prefix}: {counts}; {manifest['bin_bytes']:,} bytes of tokens")
     return 0

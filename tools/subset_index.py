@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import read_json, sha256_file
+from megatron_bliss.base.text import align
 from megatron_bliss.config.config import SelectionConfig
 from megatron_bliss.config.settings import Setting, merged_settings
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
-from megatron_bliss.report.summary import align
 from megatron_bliss.selection.combine import COMBINATIONS, mean_score
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.select import apply_policy, check_selection
@@ -176,17 +177,14 @@ def print_shares(parent: str, subset: str, field: str) -> None:
         print(align(f"Share of units by {field}", [field, "pool", "kept"], rows))
 
 
+@command("subset_index", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        prefix = run(options)
-        counts = read_manifest(prefix)["counts"]
-        print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
-        print_shares(options.input_prefix, prefix, options.domain_field or "domain")
-    except (ValueError, OSError) as error:
-        print(f"subset_index: {error}", file=sys.stderr)
-        return 1
+    prefix = run(options)
+    counts = read_manifest(prefix)["counts"]
+    print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+    print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from megatron_bliss.base.command import command
 from megatron_bliss.base.files import atomic_file
 from megatron_bliss.data.ingest.sources import SUFFIXES, expand_inputs, read_documents
 
@@ -95,22 +96,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command("train_tokenizer", (ValueError, FileNotFoundError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        if options.vocab_size <= NUM_BYTES + 2:
-            raise ValueError(
-                f"vocabulary of {options.vocab_size}, expected more than {NUM_BYTES + 2}: change --vocab-size"
-            )
-        corpus = texts(expand_inputs(options.input), options.json_keys, int(options.max_megabytes * 1e6))
-        model = TRAINERS[options.tokenizer_type](corpus, options.vocab_size)
-        os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
-        with atomic_file(options.output) as stream:
-            stream.write(model)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 1
+    if options.vocab_size <= NUM_BYTES + 2:
+        raise ValueError(f"vocabulary of {options.vocab_size}, expected more than {NUM_BYTES + 2}: change --vocab-size")
+    corpus = texts(expand_inputs(options.input), options.json_keys, int(options.max_megabytes * 1e6))
+    model = TRAINERS[options.tokenizer_type](corpus, options.vocab_size)
+    os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
+    with atomic_file(options.output) as stream:
+        stream.write(model)
     print(f"{options.output}: {len(model):,} bytes")
     return 0
 

@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 
 from megatron_bliss.base.files import read_json
-from megatron_bliss.report.summary import CONTROL, speedup
+from megatron_bliss.report.curves import speedup
+from megatron_bliss.report.speedups import CONTROL
 
 
 def spread(values: list[float], digits: int = 3) -> str:

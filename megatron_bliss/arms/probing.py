@@ -24,13 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bliss.arms.inputs import Inputs
-from megatron_bliss.base.metrics import Progress, progress
 from megatron_bliss.base.parallel import Groups, broadcast_object, failing_together
+from megatron_bliss.base.progress import Progress, progress
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
+from megatron_bliss.target.loss import label_losses
 from megatron_bliss.target.model import Target
-from megatron_bliss.target.segment import label_losses
 from megatron_bliss.target.state import Moments
 
 PROBES_PER_FILE = 16

@@ -20,9 +20,9 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig, Precision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 

@@ -22,20 +22,21 @@ compiled          element-wise work by torch.compile (kernels.py)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bliss.bilevel.head import Teacher, evaluate_head, head_curvature, head_gradient, head_tangent
+from megatron_bliss.bilevel.head import head_curvature, head_gradient
 from megatron_bliss.bilevel.memory import keeps_graph
-from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, check_direction, lower_level
+from megatron_bliss.bilevel.micro_batch import LowerLevel, MicroBatch, lower_level
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
-from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk, forward_only
+from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk
+from megatron_bliss.config.bilevel import Curvature
 from megatron_bliss.models.transformer import LanguageModel
 
-CURVATURES = ("hessian", "gauss_newton")
+CURVATURES = get_args(Curvature)
 
 
 class ValueAndGradient(NamedTuple):
@@ -57,13 +58,6 @@ class CurvatureProduct(NamedTuple):
     influence: Tensor
     sample_losses: Tensor
     sample_kl: Tensor
-    kl: Tensor
-
-
-class SampleLosses(NamedTuple):
-    """l_i [b] and KL_i [b] of this rank's samples."""
-
-    losses: Tensor
     kl: Tensor
 
 
@@ -123,46 +117,6 @@ def curvature_product(
     sums.finish(model, losses, kl, weights, lower, group)
     sums.add_l2(model, l2_weight, direction)
     return CurvatureProduct(sums.loss, *sums.vectors, influences, losses, kl, sums.kl)
-
-
-@torch.no_grad()
-def influence(model: LanguageModel, batch, vector: Tensor | dict[str, Tensor], *, micro_batch_size: int = 0) -> Tensor:
-    """d_i = <grad l_i, z> [b] for z = ``vector`` (eq. 6), by one forward-mode pass that keeps nothing."""
-    direction = as_vector(model, vector)
-    weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
-    lower = LowerLevel(None, 0.0, "proxy_to_target", 1, micro_batch_size, None)
-    parts = []
-    for part in lower.micro_batches(batch, weights):
-        micro = MicroBatch(model, part, lower)
-        scene = micro.scene(model, vector=direction)
-        rows = micro.select(forward_only(scene, micro.embed(scene, dual=True)))
-        hidden = scene.duals("").norm(rows, "final_norm")
-        weight, weight_tangent = model.output_weight.detach(), direction[_output_name(model)]
-        parts.append((micro.mean(head_tangent(hidden, weight, weight_tangent, micro.terms).tangent),))
-    return _join(model, parts, 1)[0]
-
-
-@torch.no_grad()
-def sample_losses(
-    model: LanguageModel,
-    batch,
-    *,
-    teacher: Teacher | None = None,
-    kl_direction: str = "proxy_to_target",
-    micro_batch_size: int = 0,
-) -> SampleLosses:
-    """l_i [b] and KL_i [b] (zero without a teacher), forward only; a sample without labelled tokens has loss 0."""
-    check_direction(kl_direction)
-    lower = LowerLevel(teacher, 0.0, kl_direction, 1, micro_batch_size, False)
-    weights = torch.zeros(len(batch), dtype=next(model.parameters()).dtype, device=batch.tokens.device)
-    parts = []
-    for part in lower.micro_batches(batch, weights):
-        micro = MicroBatch(model, part, lower)
-        scene = micro.scene(model)
-        rows = micro.select(forward_only(scene, micro.embed(scene, dual=False)))
-        hidden = scene.values("").norm(rows, "final_norm")
-        parts.append(micro.per_sample(evaluate_head(hidden, model.output_weight.detach(), micro.terms)))
-    return SampleLosses(*_join(model, parts))
 
 
 def validation_weights(batch, group=None, dtype: torch.dtype = torch.float32) -> Tensor:

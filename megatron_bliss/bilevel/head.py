@@ -1,14 +1,23 @@
 """The output matrix fused with cross-entropy and KL: value, gradient and tangents, chunked over labelled positions.
 
 For one labelled position with last hidden state h, output matrix W, logits x = W h, p = softmax(x), label y and the
-teacher's distribution t, the loss is  a · CE + k · KL  with coefficients a, k; m = a + k, alpha = a / m, kappa = k / m.
-Gradient by the logits, g = m g₀, and its tangent along (ḣ, Ẇ), m ġ₀, with ẋ = W ḣ + Ẇ h and s = <p, ẋ>:
+teacher's logits u and distribution t = softmax(u), the loss is  a · CE + k · KL  with coefficients a, k and
+
+    CE = Z - x_y                                    Z = log Σ exp(x), Z_t = log Σ exp(u)
+    KL(target || proxy) = <t, u - x> + Z - Z_t      KL(proxy || target) = <p, x - u> - Z + Z_t
+
+With m = a + k, alpha = a / m and kappa = k / m, the gradient by the logits is g = m g₀, and its tangent along (ḣ, Ẇ) is
+m ġ₀, with ẋ = W ḣ + Ẇ h and s = <p, ẋ> (so the tangent of CE is s - ẋ_y):
 
     CE and KL(target || proxy) (a soft label)   g₀ = p - alpha y - kappa t       ġ₀ = p (ẋ - s)
     CE and KL(proxy || target)                  g₀ = alpha (p - y) + kappa F     ġ₀ = (p + kappa F) (ẋ - s) - kappa K̇ p
         where E = log p - log t - KL,  F = p E,  K̇ = <F, ẋ>, the tangent of KL
 
-Gauss-Newton's middle matrix is m (diag p - p pᵀ) in every case: times ẋ, that is m p (ẋ - s).
+Gauss-Newton's middle matrix is m (diag p - p pᵀ) in every case: times ẋ, that is m p (ẋ - s), and it takes ġ₀'s place.
+Back through x = W h, sums over positions (Gauss-Newton drops what holds Ẇ or ḣ, where a gradient meets a tangent):
+
+    h̄ = m Wᵀ g₀, its tangent m (Wᵀ ġ₀ + Ẇᵀ g₀)      W̄ = Σ m g₀ hᵀ, its tangent Σ m (ġ₀ hᵀ + g₀ ḣᵀ)
+
 A chunk of positions is made, used and dropped: no tensor over all positions and the vocabulary exists. Under bf16 the
 products are bf16 with fp32 accumulation and everything else is fp32.
 
@@ -17,17 +26,18 @@ Shapes: N labelled positions, R those of a chunk, w hidden size, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.kernels import EAGER, Kernels
 from megatron_bliss.bilevel.vector import accumulation_dtype, add_product
+from megatron_bliss.config.bilevel import KlDirection
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
-KL_DIRECTIONS = ("proxy_to_target", "target_to_proxy")
+KL_DIRECTIONS = get_args(KlDirection)
 
 
 class Teacher(NamedTuple):
@@ -65,50 +75,28 @@ class Terms(NamedTuple):
 class HeadResult(NamedTuple):
     """Per labelled position: cross-entropy [N], KL [N], tangent of the cross-entropy [N], adjoint of the hidden state.
 
-    The adjoint is [N, w], or [2, N, w] as [its tangent (or the Gauss-Newton cotangent), adjoint]; None if not made.
+    The adjoint is [N, w], or [2, N, w] as [its tangent (or the Gauss-Newton cotangent), adjoint] where there is a
+    tangent.
     """
 
     cross_entropy: Tensor
     kl: Tensor
     tangent: Tensor | None
-    adjoint: Tensor | None
-
-
-def evaluate_head(hidden: Tensor, weight: Tensor, terms: Terms) -> HeadResult:
-    """Cross-entropy and KL of hidden states [N, w] under the output matrix [v, w]; forward only."""
-    chunks = _Chunks(hidden, weight, terms)
-    losses = [chunks.load(rows, hidden[rows]) for rows in chunks]
-    return chunks.result([loss.cross_entropy for loss in losses], [loss.kl for loss in losses])
+    adjoint: Tensor
 
 
 def head_gradient(hidden: Tensor, weight: Tensor, terms: Terms, weight_gradient: Tensor) -> HeadResult:
     """Losses and adjoint of hidden states [N, w]; the output matrix's gradient is added to ``weight_gradient``."""
-    chunks = _Chunks(hidden, weight, terms)
-    adjoint = torch.empty_like(hidden)
-    entropy, kl = [], []
-    for rows in chunks:
-        loss = chunks.load(rows, hidden[rows])
-        entropy.append(loss.cross_entropy)
-        kl.append(loss.kl)
-        gradient = chunks.gradient(loss).to(weight.dtype)
-        mass = loss.mass.to(weight.dtype)
-        torch.mul(gradient @ weight, mass, out=adjoint[rows])
-        add_product(weight_gradient, gradient.t(), hidden[rows] * mass)
-    return chunks.result(entropy, kl, adjoint=adjoint)
-
-
-def head_tangent(hidden: Tensor, weight: Tensor, weight_tangent: Tensor, terms: Terms) -> HeadResult:
-    """Losses and the tangent of the cross-entropy of dual hidden states [2, N, w]; forward only."""
-    chunks = _Chunks(hidden[0], weight, terms)
-    entropy, kl, tangents = [], [], []
-    for rows in chunks:
-        loss = chunks.load(rows, hidden[0, rows])
-        logits = chunks.load_tangent(loss, hidden[:, rows], weight_tangent)
-        at_label = logits.gather(1, loss.labels).squeeze(1)
-        entropy.append(loss.cross_entropy)
-        kl.append(loss.kl)
-        tangents.append(logits.mul_(loss.probabilities).sum(1) - at_label)
-    return chunks.result(entropy, kl, tangents)
+    head = _Head(weight, None, terms, gauss_newton=False)
+    differentiate = _loss_function(terms)
+    adjoint, losses = torch.empty_like(hidden), []
+    for chunk in _chunks(hidden.unsqueeze(0), head):
+        losses.append(differentiate(chunk, head))
+        g = chunk.buffers[0].to(weight.dtype)  # g₀ [R, v]
+        m = chunk.mass.to(weight.dtype)  # [R, 1]; it scales what is w wide, never what is v wide
+        torch.mul(g @ weight, m, out=adjoint[chunk.rows])  # h̄ [R, w]
+        add_product(weight_gradient, g.t(), chunk.hidden[0] * m)  # W̄ [v, w]
+    return _result(losses, adjoint)
 
 
 def head_curvature(
@@ -125,152 +113,213 @@ def head_curvature(
 
     Adds the output matrix's gradient and its part of the Hessian (or Gauss-Newton) product to the last two tensors.
     """
-    chunks = _Chunks(hidden[0], weight, terms)
-    adjoint = torch.empty_like(hidden)
-    entropy, kl, tangents = [], [], []
-    for rows in chunks:
-        loss = chunks.load(rows, hidden[0, rows])
-        logits = chunks.load_tangent(loss, hidden[:, rows], weight_tangent)
-        tangents.append(chunks.curvature(loss, logits, gauss_newton))
-        entropy.append(loss.cross_entropy)
-        kl.append(loss.kl)
-        chunks.gradient(loss)
-        pair, mass = chunks.pair(loss).to(weight.dtype), loss.mass.to(weight.dtype)
-        gradient, change = pair[0], pair[1]
-        back = (pair.flatten(0, 1) @ weight).view(2, len(mass), -1)
+    head = _Head(weight, weight_tangent, terms, gauss_newton)
+    differentiate = _loss_function(terms)
+    adjoint, losses = torch.empty_like(hidden), []
+    for chunk in _chunks(hidden, head):
+        losses.append(differentiate(chunk, head))
+        pair = chunk.buffers[:2].to(weight.dtype)  # g₀ and ġ₀ [2, R, v], side by side: one product serves both
+        m = chunk.mass.to(weight.dtype)  # [R, 1]
+        g, g_tangent = pair[0], pair[1]
+        back = (pair.flatten(0, 1) @ weight).view(2, len(m), -1)  # Wᵀ g₀ and Wᵀ ġ₀ [2, R, w]
         if not gauss_newton:
-            back[1].addmm_(gradient, weight_tangent)
-        torch.mul(back.flip(0), mass, out=adjoint[:, rows])
-        scaled = hidden[:, rows] * mass
-        add_product(weight_gradient, gradient.t(), scaled[0])
+            back[1].addmm_(g, weight_tangent)  # + Ẇᵀ g₀
+        torch.mul(back.flip(0), m, out=adjoint[:, chunk.rows])  # [tangent of h̄, h̄]
+        scaled = chunk.hidden * m  # m h and m ḣ [2, R, w]
+        add_product(weight_gradient, g.t(), scaled[0])  # W̄
         if gauss_newton:
-            add_product(weight_product, change.t(), scaled[0])
+            add_product(weight_product, g_tangent.t(), scaled[0])  # Σ m p (ẋ - s) hᵀ
         else:
+            # g₀ meets ḣ and ġ₀ meets h, hence the flip; one product over 2 R rows adds both up.
             add_product(weight_product, pair.flatten(0, 1).t(), scaled.flip(0).flatten(0, 1))
-    return chunks.result(entropy, kl, tangents, adjoint)
+    return _result(losses, adjoint)
 
 
-class _Loss(NamedTuple):
-    """One chunk's scalars per position and its two buffers [R, v]."""
+class _Head(NamedTuple):
+    """What is the same for all chunks."""
+
+    weight: Tensor
+    """W [v, w]."""
+    weight_tangent: Tensor | None
+    """Ẇ [v, w]; None: gradients only."""
+    terms: Terms
+    gauss_newton: bool
+
+
+class _Chunk(NamedTuple):
+    """R labelled positions, ``rows`` of all, and the memory to work in."""
+
+    rows: slice
+    hidden: Tensor
+    """h, and ḣ for tangents [1 or 2, R, w]."""
+    labels: Tensor
+    """y [R, 1]."""
+    mass: Tensor
+    """m [R, 1]."""
+    kappa: Tensor
+    """[R, 1]; alpha is 1 - kappa."""
+    buffers: Tensor
+    """[2 to 4, R, v]: a loss function leaves g₀ in the first and ġ₀ (or p (ẋ - s)) in the second."""
+
+
+class _Losses(NamedTuple):
+    """Per position of a chunk [R]."""
 
     cross_entropy: Tensor
     kl: Tensor
-    labels: Tensor
-    probabilities: Tensor
-    teacher: Tensor | None
-    """t for KL(target || proxy), F for KL(proxy || target)."""
-    mass: Tensor
-    alpha: Tensor
-    kappa: Tensor
+    tangent: Tensor | None
+    """Of the cross-entropy."""
 
 
-class _Chunks:
-    """Slices of the labelled positions, and the buffers that all of them share.
+def _loss_function(terms: Terms) -> Callable[[_Chunk, _Head], _Losses]:
+    if terms.teacher is None:
+        return _cross_entropy
+    return {"target_to_proxy": _target_to_proxy, "proxy_to_target": _proxy_to_target}[terms.kl_direction]
 
-    Buffers are allocated once: a fresh tensor of this size is fresh pages from the system every time.
-    """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, terms: Terms):
-        self.weight, self.terms, self.count = weight, terms, len(hidden)
-        self.size = chunk_size(self.count, len(weight), hidden.device)
-        dtype = accumulation_dtype(hidden.dtype)
-        self.number = 2 + (terms.teacher is not None) * (1 + (terms.kl_direction == "proxy_to_target"))
-        self.memory = torch.empty(self.number * self.size * len(weight), dtype=dtype, device=hidden.device)
-        mass = (terms.cross_entropy + terms.divergence).to(dtype) if terms.teacher else terms.cross_entropy.to(dtype)
-        self.mass = mass.unsqueeze(1)
-        share = (terms.divergence.to(dtype) / mass) if terms.teacher else torch.zeros_like(mass)
-        self.kappa = torch.where(mass > 0, share, torch.zeros_like(mass)).unsqueeze(1)
+# The three loss functions work in place. Tensors [R, v] are the largest there are: one more of them would add a quarter
+# or more to the head's memory. So each is overwritten as soon as what it holds is used up; comments say what it holds.
 
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.count, self.size):
-            yield slice(start, min(start + self.size, self.count))
 
-    def buffer(self, index: int, rows: int) -> Tensor:
-        """Buffer ``index`` as [rows, v]; 0 and 1 are adjacent."""
-        size = rows * len(self.weight)
-        return self.memory[index * size : (index + 1) * size].view(rows, -1)
+def _cross_entropy(chunk: _Chunk, head: _Head) -> _Losses:
+    """CE alone: g₀ = p - y, ġ₀ = p (ẋ - s)."""
+    kernels, labels = head.terms.kernels, chunk.labels
+    p, x = chunk.buffers  # [R, v] each
+    _logits(chunk.hidden[0], head.weight, out=x)  # x = W h
+    x_label = _at(x, labels)  # x_y [R]
+    log_sum = kernels.log_softmax_sums(x, p)  # Z [R], and p
+    tangent = None
+    if head.weight_tangent is not None:
+        x_tangent = _logits_tangent(chunk, head, out=x)  # ẋ in the place of x
+        x_tangent_label = _at(x_tangent, labels)  # ẋ_y [R]
+        s = kernels.centre(x_tangent, p)  # [R]; ẋ becomes p (ẋ - s) = ġ₀
+        tangent = s - x_tangent_label
+    _subtract_labels(p, labels, 1.0)  # g₀ = p - y
+    return _Losses(log_sum - x_label, torch.zeros_like(x_label), tangent)
 
-    def load(self, rows: slice, hidden: Tensor) -> _Loss:
-        """Losses, probabilities (buffer 0) and the teacher's part (buffer 2); buffer 1 is free afterwards."""
-        count = len(hidden)
-        p, logits = self.buffer(0, count), self.buffer(1, count)
-        _project(hidden, self.weight, logits)
-        labels = self.terms.positions.labels[rows].unsqueeze(1)
-        at_label = logits.gather(1, labels).squeeze(1)
-        kl, teacher = torch.zeros_like(at_label), None
-        if self.terms.teacher is None:
-            normaliser = self.terms.kernels.log_softmax_sums(logits, p)
-        elif self.terms.kl_direction == "target_to_proxy":
-            kl, teacher, normaliser = self._target_to_proxy(rows, p, logits)
+
+def _target_to_proxy(chunk: _Chunk, head: _Head) -> _Losses:
+    """CE and KL(target || proxy): g₀ = p - alpha y - kappa t, ġ₀ = p (ẋ - s)."""
+    kernels, labels = head.terms.kernels, chunk.labels
+    p, x, t = chunk.buffers  # [R, v] each
+    _logits(chunk.hidden[0], head.weight, out=x)  # x = W h
+    x_label = _at(x, labels)  # x_y [R]
+    u = _teacher_logits(chunk, head, out=t)
+    teacher_log_sum = kernels.log_softmax_sums(u, p)  # Z_t [R]; t stands in p's buffer while u is needed in its own
+    mean = u.sub_(x).mul_(p).sum(1)  # <t, u - x> [R]
+    t.copy_(p)
+    log_sum = kernels.log_softmax_sums(x, p)  # Z [R], and p
+    kl = mean + log_sum - teacher_log_sum
+    tangent = None
+    if head.weight_tangent is not None:
+        x_tangent = _logits_tangent(chunk, head, out=x)  # ẋ in the place of x
+        x_tangent_label = _at(x_tangent, labels)  # ẋ_y [R]
+        s = kernels.centre(x_tangent, p)  # [R]; ẋ becomes p (ẋ - s) = ġ₀: t is a constant
+        tangent = s - x_tangent_label
+    p.addcmul_(t, chunk.kappa, value=-1)
+    _subtract_labels(p, labels, 1.0 - chunk.kappa)  # g₀ = p - kappa t - alpha y
+    return _Losses(log_sum - x_label, kl, tangent)
+
+
+def _proxy_to_target(chunk: _Chunk, head: _Head) -> _Losses:
+    """CE and KL(proxy || target): g₀ = alpha (p - y) + kappa F, ġ₀ = (p + kappa F) (ẋ - s) - kappa K̇ p."""
+    kernels, labels = head.terms.kernels, chunk.labels
+    p, x, f = chunk.buffers[:3]  # [R, v] each
+    _logits(chunk.hidden[0], head.weight, out=x)  # x = W h
+    x_label = _at(x, labels)  # x_y [R]
+    u = _teacher_logits(chunk, head, out=f)
+    teacher_log_sum = kernels.log_softmax_sums(u, p)  # Z_t [R]; t itself is not needed
+    log_sum = kernels.log_softmax_sums(x, p)  # Z [R], and p
+    difference = torch.sub(x, u, out=f)
+    mean = torch.mul(p, difference, out=x).sum(1)  # <p, x - u> [R]; x is used up
+    kl = mean - log_sum + teacher_log_sum
+    difference.sub_(mean.unsqueeze(1)).mul_(p)  # f is F now: E = x - u - <p, x - u>, as Z and Z_t cancel
+    tangent = None
+    if head.weight_tangent is not None:
+        x_tangent = _logits_tangent(chunk, head, out=x)  # ẋ
+        x_tangent_label = _at(x_tangent, labels)  # ẋ_y [R]
+        if head.gauss_newton:
+            s = kernels.centre(x_tangent, p)  # [R]; ẋ becomes p (ẋ - s)
         else:
-            kl, teacher, normaliser = self._proxy_to_target(rows, p, logits)
-        kappa = self.kappa[rows]
-        return _Loss(normaliser - at_label, kl, labels, p, teacher, self.mass[rows], 1.0 - kappa, kappa)
+            extra = torch.mul(f, x_tangent, out=chunk.buffers[3])  # F ẋ, while there is ẋ
+            s = kernels.centre(x_tangent, p)  # [R]; ẋ becomes p (ẋ - s)
+            kl_tangent = extra.sum(1, keepdim=True)  # K̇ [R, 1]
+            extra.addcmul_(f, s.unsqueeze(1), value=-1).addcmul_(p, kl_tangent, value=-1)  # F (ẋ - s) - K̇ p
+            x_tangent.addcmul_(extra, chunk.kappa)  # ġ₀ = p (ẋ - s) + kappa (F (ẋ - s) - K̇ p)
+        tangent = s - x_tangent_label
+    alpha = 1.0 - chunk.kappa
+    p.mul_(alpha).addcmul_(f, chunk.kappa)
+    _subtract_labels(p, labels, alpha)  # g₀ = alpha p + kappa F - alpha y
+    return _Losses(log_sum - x_label, kl, tangent)
 
-    def _target_to_proxy(self, rows: slice, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = self._teacher_logits(rows)
-        teacher_normaliser = self.terms.kernels.log_softmax_sums(teacher, p)
-        mean = teacher.sub_(logits).mul_(p).sum(1)
-        teacher.copy_(p)
-        normaliser = self.terms.kernels.log_softmax_sums(logits, p)
-        return mean + normaliser - teacher_normaliser, teacher, normaliser
 
-    def _proxy_to_target(self, rows: slice, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = self._teacher_logits(rows)
-        teacher_normaliser = self.terms.kernels.log_softmax_sums(teacher, p)
-        normaliser = self.terms.kernels.log_softmax_sums(logits, p)
-        difference = torch.sub(logits, teacher, out=teacher)
-        mean = torch.mul(p, difference, out=logits).sum(1)
-        difference.sub_(mean.unsqueeze(1)).mul_(p)
-        return mean - normaliser + teacher_normaliser, difference, normaliser
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden Wᵀ [R, v]."""
+    if out.dtype == hidden.dtype == weight.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        out.copy_(hidden @ weight.t())
 
-    def _teacher_logits(self, rows: slice) -> Tensor:
-        samples, columns, _ = self.terms.positions
-        hidden = self.terms.teacher.hidden_states[samples[rows], columns[rows]]
-        out = self.buffer(2, len(hidden))
-        _project(hidden, self.terms.teacher.output_weight, out)
-        return out
 
-    def load_tangent(self, loss: _Loss, hidden: Tensor, weight_tangent: Tensor) -> Tensor:
-        """ẋ = W ḣ + Ẇ h of dual hidden states [2, R, w], in buffer 1."""
-        logits = self.buffer(1, len(loss.mass))
-        _project(hidden[1], self.weight, logits)
-        add_product(logits, hidden[0], weight_tangent.t())
-        return logits
+def _logits_tangent(chunk: _Chunk, head: _Head, out: Tensor) -> Tensor:
+    """ẋ = W ḣ + Ẇ h [R, v]."""
+    value, tangent = chunk.hidden
+    _logits(tangent, head.weight, out)
+    add_product(out, value, head.weight_tangent.t())
+    return out
 
-    def curvature(self, loss: _Loss, logits: Tensor, gauss_newton: bool) -> Tensor:
-        """Turn ẋ (buffer 1) into ġ₀, or into p (ẋ - s) for Gauss-Newton; returns the tangent of the cross-entropy."""
-        p, f = loss.probabilities, loss.teacher
-        at_label = logits.gather(1, loss.labels).squeeze(1)
-        second_order = f is not None and not gauss_newton and self.terms.kl_direction == "proxy_to_target"
-        scratch = torch.mul(f, logits, out=self.buffer(3, len(p))) if second_order else None
-        mean = self.terms.kernels.centre(logits, p)
-        if second_order:
-            kl_tangent = scratch.sum(1, keepdim=True)
-            scratch.addcmul_(f, mean.unsqueeze(1), value=-1).addcmul_(p, kl_tangent, value=-1)
-            logits.addcmul_(scratch, loss.kappa)
-        return mean - at_label
 
-    def gradient(self, loss: _Loss) -> Tensor:
-        """Turn p (buffer 0) into g₀."""
-        p = loss.probabilities
-        if loss.teacher is not None:
-            if self.terms.kl_direction == "target_to_proxy":
-                p.addcmul_(loss.teacher, loss.kappa, value=-1)
-            else:
-                p.mul_(loss.alpha).addcmul_(loss.teacher, loss.kappa)
-        return p.scatter_(1, loss.labels, p.gather(1, loss.labels) - loss.alpha)
+def _teacher_logits(chunk: _Chunk, head: _Head, out: Tensor) -> Tensor:
+    """u [R, v], from the target's own hidden states: its logits over all positions would not fit."""
+    (samples, columns, _), teacher = head.terms.positions, head.terms.teacher
+    hidden = teacher.hidden_states[samples[chunk.rows], columns[chunk.rows]]  # [R, w_t]
+    _logits(hidden, teacher.output_weight, out)
+    return out
 
-    def pair(self, loss: _Loss) -> Tensor:
-        """Buffers 0 and 1 as one tensor [2, R, v]."""
-        rows = len(loss.mass)
-        return self.memory[: 2 * rows * len(self.weight)].view(2, rows, -1)
 
-    def result(self, entropy: list, kl: list, tangents: list | None = None, adjoint: Tensor | None = None):
-        """Chunks put together."""
-        empty = self.memory.new_zeros(0)
-        entropy, kl = torch.cat([empty, *entropy]), torch.cat([empty, *kl])
-        return HeadResult(entropy, kl, None if tangents is None else torch.cat([empty, *tangents]), adjoint)
+def _at(x: Tensor, labels: Tensor) -> Tensor:
+    """The element of x [R, v] at each label: [R]."""
+    return x.gather(1, labels).squeeze(1)
+
+
+def _subtract_labels(p: Tensor, labels: Tensor, alpha: Tensor | float) -> None:
+    """p -= alpha y, y one-hot [R, v] that is never made."""
+    p.scatter_(1, labels, p.gather(1, labels) - alpha)
+
+
+def _chunks(hidden: Tensor, head: _Head) -> Iterator[_Chunk]:
+    """All positions of hidden [1 or 2, N, w], a chunk at a time; every chunk works in the same memory."""
+    count, vocab_size, terms = hidden.shape[1], len(head.weight), head.terms
+    size, dtype = chunk_size(count, vocab_size, hidden.device), accumulation_dtype(hidden.dtype)
+    mass, kappa = _mass(terms, dtype)
+    labels = terms.positions.labels.unsqueeze(1)  # [N, 1]
+    number = _buffer_count(head)
+    # Allocated once: a fresh tensor of this size is fresh pages from the system every time. Flat, because the last
+    # chunk may be smaller, and its first two buffers must be adjacent, too.
+    memory = torch.empty(number * size * vocab_size, dtype=dtype, device=hidden.device)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        length = rows.stop - rows.start
+        buffers = memory[: number * length * vocab_size].view(number, length, vocab_size)
+        yield _Chunk(rows, hidden[:, rows], labels[rows], mass[rows], kappa[rows], buffers)
+
+
+def _mass(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """m and kappa [N, 1]; a position of mass 0 has kappa 0, so that it adds 0 to every sum and not 0 / 0."""
+    if terms.teacher is None:
+        mass = terms.cross_entropy.to(dtype)
+        return mass.unsqueeze(1), torch.zeros_like(mass).unsqueeze(1)
+    mass = (terms.cross_entropy + terms.divergence).to(dtype)
+    share = terms.divergence.to(dtype) / mass
+    return mass.unsqueeze(1), torch.where(mass > 0, share, torch.zeros_like(mass)).unsqueeze(1)
+
+
+def _buffer_count(head: _Head) -> int:
+    """p and x; t or F; and one more for the second derivative of KL(proxy || target)."""
+    if head.terms.teacher is None:
+        return 2
+    second_order = head.weight_tangent is not None and not head.gauss_newton
+    return 4 if second_order and head.terms.kl_direction == "proxy_to_target" else 3
 
 
 def chunk_size(count: int, vocab_size: int, device: torch.device) -> int:
@@ -280,9 +329,10 @@ def chunk_size(count: int, vocab_size: int, device: torch.device) -> int:
     return max(1, min(-(-size // 8) * 8, count))
 
 
-def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden weightᵀ."""
-    if out.dtype == hidden.dtype == weight.dtype:
-        torch.mm(hidden, weight.t(), out=out)
-    else:
-        out.copy_(hidden @ weight.t())
+def _result(losses: list[_Losses], adjoint: Tensor) -> HeadResult:
+    """Chunks put together; empty where no position is labelled."""
+    empty = adjoint.new_zeros(0, dtype=accumulation_dtype(adjoint.dtype))
+    entropy = torch.cat([empty, *(part.cross_entropy for part in losses)])
+    kl = torch.cat([empty, *(part.kl for part in losses)])
+    tangent = torch.cat([empty, *(part.tangent for part in losses)]) if adjoint.ndim == 3 else None
+    return HeadResult(entropy, kl, tangent, adjoint)

@@ -17,7 +17,6 @@ from megatron_bliss.bilevel.vector import ParameterVector, parameter_total
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.transformer import LanguageModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_SAMPLES, SLICE_TOKENS = 2, 128
 """Size of the slice: large enough to reach every layer, small enough to be free."""
 WARN_BELOW, FAIL_BELOW = 0.99, 0.9

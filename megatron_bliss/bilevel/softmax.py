@@ -1,6 +1,9 @@
 """The softmax over the global batch (eq. 2), synchronised over all ranks and micro-batches of one step.
 
 (2) P_i = exp(s_i) / sum over j in the global batch of exp(s_j)
+
+The largest score of all is taken off first: P stays the same and no exponential overflows. Shapes: b the scores of this
+rank.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ NAMED = 8
 
 
 class _GlobalSoftmax(Function):
-    """P = exp(s - max) / Σ exp(s - max); back, s̄_i = P_i (P̄_i - Σ_j P_j P̄_j). Sums are fp64 and over the group."""
+    """P = exp(s - max) / Σ exp(s - max); back, s̄_i = P_i (P̄_i - Σ_j P_j P̄_j).
+
+    Sums are over the group, and autograd does not follow collectives. They are fp64, so that the order in which ranks
+    add up does not show in fp32 weights.
+    """
 
     @staticmethod
     def forward(ctx, scores: Tensor, largest: float, group) -> Tensor:
-        powers = torch.exp(scores.double() - largest)
-        weights = powers / _all_sum(powers.sum(), group)
+        powers = torch.exp(scores.double() - largest)  # [b]
+        weights = powers / _all_sum(powers.sum(), group)  # P [b]
         ctx.save_for_backward(weights)
         ctx.group, ctx.dtype = group, scores.dtype
         return weights.to(scores.dtype)
@@ -30,7 +37,7 @@ class _GlobalSoftmax(Function):
     @once_differentiable
     def backward(ctx, adjoint: Tensor):
         (weights,) = ctx.saved_tensors
-        mean = _all_sum((weights * adjoint).sum(), ctx.group)
+        mean = _all_sum((weights * adjoint).sum(), ctx.group)  # Σ_j P_j P̄_j
         return (weights * (adjoint - mean)).to(ctx.dtype), None, None
 
 
@@ -43,7 +50,7 @@ def global_softmax(scores: Tensor, group=None, *, unit_ids: Tensor | None = None
     detached = scores.detach()
     finite = torch.isfinite(detached)
     largest = detached.double()[finite].max() if bool(finite.any()) else detached.new_tensor(-torch.inf).double()
-    summary = torch.stack((largest, (~finite).any().double()))
+    summary = torch.stack((largest, (~finite).any().double()))  # [2]: one all-reduce for both
     if group is not None:
         dist.all_reduce(summary, op=dist.ReduceOp.MAX, group=group)
     largest, broken = summary.tolist()
@@ -53,6 +60,7 @@ def global_softmax(scores: Tensor, group=None, *, unit_ids: Tensor | None = None
 
 
 def _all_sum(value: Tensor, group) -> Tensor:
+    """The sum of a scalar over the group, in place."""
     if group is not None:
         dist.all_reduce(value, group=group)
     return value

@@ -22,6 +22,9 @@ from megatron_bliss.base.parallel import Groups, all_gather
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.target.model import Target, last_stage_hidden_states, output_weight
 
+TEACHER_MICRO_BATCH = 8
+"""Samples of one forward pass of the frozen target."""
+
 
 class TargetTeacher:
     """The target as a teacher; every call is collective over the model-parallel group.
@@ -31,7 +34,13 @@ class TargetTeacher:
     """
 
     def __init__(
-        self, target: Target, groups: Groups, vocab_size: int, micro_batch_size: int = 8, *, offload: bool = False
+        self,
+        target: Target,
+        groups: Groups,
+        vocab_size: int,
+        micro_batch_size: int = TEACHER_MICRO_BATCH,
+        *,
+        offload: bool = False,
     ) -> None:
         self.target, self.groups, self.vocab_size = target, groups, vocab_size
         self.micro_batch_size, self.offload = micro_batch_size, offload

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
 from megatron_bliss.bilevel.memory import plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
-from megatron_bliss.bilevel.precision import DTYPES, SLICE_SAMPLES, ComputeCopy, precision_warnings
+from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
 from megatron_bliss.config.config import BilevelConfig, ProxyConfig

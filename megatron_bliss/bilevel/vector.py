@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class ParameterVector(dict):
     """{parameter name: tensor of the parameter's shape}, every tensor a view of the one tensor ``flat``.
 
-    The order is that of ``model.named_parameters()``, a tied matrix once, so that ``flat`` equals
+    Layers add to their parts by name; a sum, a product or an all-reduce of the whole is one operation on ``flat``. The
+    order is that of ``model.named_parameters()``, a tied matrix once, so that ``flat`` [number of parameters] equals
     ``torch.nn.utils.parameters_to_vector`` of the same values.
     """
 
@@ -57,12 +58,12 @@ def as_vector(model: nn.Module, vector: Tensor | dict[str, Tensor]) -> dict[str,
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: fp32 under bf16 and fp16, else the dtype itself."""
+    """What sums are kept in: fp32 under bf16 and fp16, whose 8 and 11 bits lose small terms; else the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, in out's dtype."""
+    """out [m, n] += left [m, k] @ right [k, n]; the sum is in out's dtype, the product in that of its factors."""
     if out.dtype == left.dtype:
         out.addmm_(left, right)
     else:

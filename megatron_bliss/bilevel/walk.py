@@ -48,14 +48,6 @@ class Scene:
         return BLOCKS[self.arch.architecture]
 
 
-def forward_only(scene: Scene, x: Tensor) -> Tensor:
-    """All blocks without a way back; dual activations when the scene has a vector, else values."""
-    operations = scene.duals if scene.vector else scene.values
-    for prefix in block_prefixes(scene.arch):
-        x = scene.block(operations(prefix), x)
-    return x
-
-
 class Walk:
     """Forward and back through the blocks on plain values [b, s, w]: an ordinary gradient."""
 

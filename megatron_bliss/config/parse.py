@@ -20,8 +20,6 @@ from megatron_bliss.config.bounds import bounded_fields
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.settings import Choice, Setting, merged_settings, settings_of
 
-ROUND_STAGES = ("bilevel", "score", "select", "pretrain", "decay_branch", "evaluate")
-
 Tables = Mapping[str, Mapping[str, Choice]]
 """Option that makes a choice → the records to choose from.
 

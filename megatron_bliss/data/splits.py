@@ -39,10 +39,10 @@ def check_blend(data: DataConfig) -> None:
     """ValueError for a split that is none, or a blend that leaves nothing to the selection."""
     parse_split(data.split)
     weights = data.blend_weights
-    if len(weights) != len(data.blend_prefixes) or any(weight <= 0 for weight in weights) or sum(weights) >= 1:
+    if len(weights) != len(data.blend_prefixes) or sum(weights) >= 1:
         raise ValueError(
-            f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one "
-            "above 0 for each, with a sum below 1 that leaves the rest of the sequences to the selection"
+            f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one for "
+            "each, with a sum below 1 that leaves the rest of the sequences to the selection"
         )
 
 

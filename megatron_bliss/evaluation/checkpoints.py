@@ -16,9 +16,9 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
-from megatron_bliss.models.presets import Architecture, resolve_architecture
+from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.transformer import build_lm
-from megatron_bliss.target.segment import load_target
+from megatron_bliss.target.setup import TargetSetup, load_target
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,9 @@ def _target(wanted: Checkpoint, groups: Groups) -> LM:
     config = wanted.config
     tokenizer, vocab_size = _vocabulary(wanted)
     architecture = resolve_architecture(config.target, vocab_size)
-    target = load_target(
-        wanted.path, target_config=config.target, architecture=architecture, groups=groups, platform=config.platform,
-        seq_length=config.data.seq_length,
-    )  # fmt: skip
-    max_length = wanted.max_length or config.data.seq_length
+    setup = TargetSetup(config.target, architecture, groups, config.platform, config.data.seq_length)
+    target = load_target(wanted.path, setup)
+    max_length = wanted.max_length or setup.seq_length
     return TargetModel(target, groups, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens)
 
 
@@ -79,17 +77,14 @@ def _proxy(wanted: Checkpoint, groups: Groups) -> LM:
     state = checkpoint.load_state(wanted.path)
     if "proxy" not in state:
         raise ValueError(f"found {', '.join(state)} in {wanted.path}, expected a proxy: give a final.pt of a run")
-    architecture: Architecture = resolve_architecture(config.proxy, vocab_size)
-    lm = build_lm(architecture, seed=0, device=groups.device)
+    lm = build_lm(resolve_architecture(config.proxy, vocab_size), seed=0, device=groups.device)
     lm.load_state_dict(state["proxy"])
     max_length = wanted.max_length or config.data.seq_length
     return ProxyModel(lm, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens, groups=groups)
 
 
 def _huggingface(wanted: Checkpoint, groups: Groups) -> LM:
-    return HuggingFaceModel(
-        wanted.path, max_length=wanted.max_length, batch_tokens=wanted.batch_tokens, groups=groups
-    )  # fmt: skip
+    return HuggingFaceModel(wanted.path, max_length=wanted.max_length, batch_tokens=wanted.batch_tokens, groups=groups)
 
 
 MODELS: dict[str, Callable[[Checkpoint, Groups], LM]] = {

@@ -20,8 +20,6 @@ def check_evaluation(config: EvaluationConfig, train_prefix: str) -> None:
             f"found evaluation.tasks {', '.join(config.tasks)}, expected different names, none of them {AVERAGE!r}: "
             "change it"
         )
-    if config.limit < 0:
-        raise ValueError(f"found evaluation.limit {config.limit}, expected a number of items, or 0 for all")
     check_files(config.tasks, config.data_dir, allow_unknown=config.allow_unknown_data)
     load_evaluation_tokenizer(config.tokenizer_model, train_prefix)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_bliss.base.metrics import progress
+from megatron_bliss.base.progress import progress
 from megatron_bliss.evaluation.backbone import Backbone
 from megatron_bliss.evaluation.packing import Batch, Request, Row, make_batches, pack, waves
 from megatron_bliss.evaluation.request_cache import RequestCache

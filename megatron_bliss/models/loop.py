@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.metrics import MetricsLogger, progress
+from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, failing_together
+from megatron_bliss.base.progress import progress
 
 SHOWN = ("loss", "train_loss", "validation_loss")
 """Numbers on the progress line."""

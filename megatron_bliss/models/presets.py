@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import get_args
 
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import Family, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Architecture:
 
 def _validate(arch: Architecture) -> None:
     """Raise ValueError naming the option that makes the sizes impossible."""
-    if arch.architecture not in ("gpt_neox", "llama"):
-        raise ValueError(f"found architecture {arch.architecture!r}, expected gpt_neox or llama: change architecture")
+    if arch.architecture not in get_args(Family):
+        expected = " or ".join(get_args(Family))
+        raise ValueError(f"found architecture {arch.architecture!r}, expected {expected}: change architecture")
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
         if getattr(arch, name) < 1:
             raise ValueError(f"found {name} {getattr(arch, name)}, expected at least 1: change {name}")

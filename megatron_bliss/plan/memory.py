@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Memory, Sizes
-from megatron_bliss.base.platform import choose_dtype
+from megatron_bliss.base.platform import DTYPES, choose_dtype
 from megatron_bliss.bilevel.memory import (
     GIB,
     block_elements,
@@ -20,7 +20,7 @@ from megatron_bliss.bilevel.memory import (
     step_bytes,
     trunk_count,
 )
-from megatron_bliss.bilevel.precision import DTYPES as SMALL_DTYPES
+from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
 from megatron_bliss.bilevel.train import split_batch
 from megatron_bliss.config.config import Config
 from megatron_bliss.models.presets import Architecture, parameter_count
@@ -35,8 +35,6 @@ from megatron_bliss.target.memory import (
 
 ROOM = 0.1
 """Share of a device's memory that a plan leaves to what it does not count."""
-TEACHER_MICRO_BATCH = 8
-"""Samples of one forward pass of the frozen target (bilevel/teacher.py)."""
 
 
 def memory_plan(
@@ -122,7 +120,7 @@ class _Sizing:
     def proxy_warmup(self) -> dict:
         """Plain training of the proxy, a rank's samples all at once or in micro-batches."""
         settings = self.config.proxy
-        samples, dtype = self.share(settings.warmup_batch_size), SMALL_DTYPES[settings.warmup_params_dtype]
+        samples, dtype = self.share(settings.warmup_batch_size), DTYPES[settings.warmup_params_dtype]
         samples = min(samples, settings.warmup_micro_batch_size or samples)
         parameters = (FP32_BYTES + dtype.itemsize * (dtype.itemsize < FP32_BYTES)) * self.proxy_count
         working = self._gradient_bytes(samples, dtype.itemsize, None)
@@ -131,7 +129,7 @@ class _Sizing:
     def bilevel(self) -> dict:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
         settings, seq_length = self.config.bilevel, self.seq_length
-        element_size = SMALL_DTYPES[settings.params_dtype].itemsize
+        element_size = DTYPES[settings.params_dtype].itemsize
         count = self.proxy_count + self.score_count
         parameters = FP32_BYTES * count + (element_size * count if element_size < FP32_BYTES else 0)
         optimizer = MOMENT_BYTES * count + FP32_BYTES * self.proxy_count  # and z
@@ -178,7 +176,7 @@ class _Sizing:
     def score(self) -> dict:
         """One forward pass of the score model at a time."""
         tokens = self.config.scoring.micro_batch_size * self.seq_length
-        element_size = SMALL_DTYPES[self.config.scoring.params_dtype].itemsize
+        element_size = DTYPES[self.config.scoring.params_dtype].itemsize
         working = block_elements(self.proxy) * tokens * element_size
         return _entry("score", element_size * self.score_count, 0, 0, working)
 

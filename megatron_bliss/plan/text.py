@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from megatron_bliss.base.metrics import format_seconds
-from megatron_bliss.report.summary import align, format_bytes, format_flops
+from megatron_bliss.base.text import align, format_bytes, format_flops, format_seconds
 
 GIB = 2**30
 WIDTH = 110

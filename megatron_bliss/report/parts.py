@@ -39,6 +39,12 @@ def figure(title: str, caption: str, svg: str, keys: Mapping[str, int] | None = 
     return f"<figure>\n<h3>{escape(title)}</h3>\n<figcaption>{caption}{legend}</figcaption>\n{svg}\n</figure>"
 
 
+def pairs(figures: Iterable[str]) -> str:
+    """Figures two beside each other, empty ones left out; "" where all of them are empty."""
+    shown = [figure for figure in figures if figure]
+    return f'<div class="pair">{"".join(shown)}</div>' if shown else ""
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, total: bool = False) -> str:
     """A table of escaped text: ``left`` columns flush left, then numbers; ``total`` sets off the last row."""
     rows = list(rows)

@@ -48,6 +48,20 @@ class Line(NamedTuple):
     error: Sequence[float] | None = None
 
 
+class Marks(NamedTuple):
+    """What is drawn beside the curves of a chart."""
+
+    boundaries: Mapping[str, float] = {}
+    """{label: x} of vertical lines."""
+    level: float | None = None
+    """A dashed horizontal line."""
+    point: tuple[float, float] | None = None
+    """A ring on a curve, with a dashed line down to the x axis."""
+
+
+NO_MARKS = Marks()
+
+
 def color_variable(index: int) -> str:
     """Return the CSS value of a series colour."""
     return f"var({_VARIABLES[SERIES[index % len(SERIES)]]})"
@@ -58,40 +72,41 @@ def line_chart(
     *,
     title: str,
     x_label: str,
-    boundaries: Mapping[str, float] | None = None,
-    level: float | None = None,
-    point: tuple[float, float] | None = None,
+    marks: Marks = NO_MARKS,
     skip_start: float = 0.0,
     log_y: bool = False,
     wide: bool = False,
 ) -> str:
     """Return an SVG of curves over a common x axis.
 
-    boundaries: {label: x} of vertical lines; level: a dashed horizontal line; point: a ring on a curve, with a dashed
-    line down to the x axis; skip_start: share of the x axis whose values do not stretch the y axis. A logarithmic y
-    axis is used only where it helps: for positive values over more than a decade.
+    skip_start: share of the x axis whose values do not stretch the y axis. A logarithmic y axis is used only where it
+    helps: for positive values over more than a decade.
     """
     figure, axes = _figure(_WIDE if wide else _HALF, 3.5 if wide else 2.3)
     for line in lines:
         _draw(axes, line)
     axes.margins(x=0.02)
-    _scale_y(axes, lines, level, skip_start, log_y)
-    if level is not None:
-        axes.axhline(level, color=INK, linewidth=0.8, dashes=(4, 3), zorder=1)
-    if point is not None:
-        bottom = axes.get_ylim()[0]
-        axes.vlines(point[0], bottom, point[1], color=INK, linewidth=0.8, linestyles=(0, (4, 3)), zorder=1)
-        axes.plot(*point, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2)
-        axes.set_ylim(bottom=bottom)
-    for label, x in (boundaries or {}).items():
-        axes.axvline(x, color=FAINT, linewidth=0.8, zorder=0)
-        axes.annotate(label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-                      fontsize=7.5, color=INK)  # fmt: skip
+    _scale_y(axes, lines, marks.level, skip_start, log_y)
+    _mark(axes, marks)
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5, integer=True))
     axes.grid(axis="y", linewidth=0.6)
     return _svg(figure, title)
+
+
+def _mark(axes, marks: Marks) -> None:
+    if marks.level is not None:
+        axes.axhline(marks.level, color=INK, linewidth=0.8, dashes=(4, 3), zorder=1)
+    if marks.point is not None:
+        (x, y), bottom = marks.point, axes.get_ylim()[0]
+        axes.vlines(x, bottom, y, color=INK, linewidth=0.8, linestyles=(0, (4, 3)), zorder=1)
+        axes.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2)
+        axes.set_ylim(bottom=bottom)
+    for label, x in marks.boundaries.items():
+        axes.axvline(x, color=FAINT, linewidth=0.8, zorder=0)
+        axes.annotate(label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                      fontsize=7.5, color=INK)  # fmt: skip
 
 
 def _scale_y(axes, lines: Sequence[Line], level: float | None, skip_start: float, log_y: bool) -> None:
@@ -202,12 +217,7 @@ def _svg(figure: Figure, title: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for unwanted in (
-        r"<metadata>.*?</metadata>",
-        r"<style.*?</style>",
-        r"font-family: [^;\"]*;? *",
-        r'(?<=<g) id="[^"]*"',
-    ):
+    for unwanted in _UNWANTED:
         text = re.sub(unwanted, "", text, flags=re.DOTALL)
     text = re.sub(r' (?:width|height)="[^"]*"', "", text, count=2)  # the view box stays: the page gives the size
     for color, variable in _VARIABLES.items():

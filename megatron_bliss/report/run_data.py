@@ -15,7 +15,8 @@ import yaml
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.metrics import read_metrics
 from megatron_bliss.data.provenance import read_provenance
-from megatron_bliss.report.summary import CHOSEN, CONTROL, read_stages
+from megatron_bliss.report.costs import read_stages
+from megatron_bliss.report.speedups import CHOSEN, CONTROL
 
 MOST_SCORES = 1_000_000
 """A larger score file is thinned evenly to about this many before it is drawn."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from megatron_bliss.evaluation.results import AVERAGE, Cell, best, columns, measure
 from megatron_bliss.report.curves import finite_points, rise_reach
-from megatron_bliss.report.parts import escape, figure, section
-from megatron_bliss.report.plots import Line, line_chart
+from megatron_bliss.report.parts import escape, figure, pairs, section
+from megatron_bliss.report.plots import Line, Marks, line_chart
 from megatron_bliss.report.run_data import RunData
-from megatron_bliss.report.summary import CHOSEN, CONTROL
+from megatron_bliss.report.speedups import CHOSEN, CONTROL
 from megatron_bliss.report.task_summary import task_rows, task_speedup_sentence
 
 MOST_FIGURES = 12
@@ -29,8 +29,7 @@ def task_section(run: RunData) -> str:
     single = [name for name in names if name != AVERAGE][:MOST_FIGURES]
     small = [_figure(run, arms, name, is_wide=False) for name in single if len(single) > 1]
     small += [_perplexity_figure(run, arms, name) for name in columns(_perplexities(c) for c in arms.values())]
-    pairs = f'<div class="pair">{"".join(small)}</div>' if small else ""
-    return section("Tasks, zero-shot", _note(run), words, _table(run, arms, names), *figures, pairs)
+    return section("Tasks, zero-shot", _note(run), words, _table(run, arms, names), *figures, pairs(small))
 
 
 def _perplexities(arm: Mapping) -> Mapping:
@@ -107,11 +106,9 @@ def _figure(run: RunData, arms: Mapping[str, Mapping], name: str, *, is_wide: bo
     goal = {line.label: line.y[-1] for line in lines if line.y}.get(CONTROL)
     chosen = [list(zip(line.x, line.y, strict=True)) for line in lines if line.label == CHOSEN]
     reached = rise_reach(chosen[0], goal) if chosen and goal is not None else None
-    boundaries = {text: tokens / unit for text, tokens in run.round_tokens.items()} if is_wide else None
-    svg = line_chart(
-        lines, title=f"task {name}", x_label=label, boundaries=boundaries, level=goal,
-        point=None if reached is None else (reached, goal), wide=is_wide,
-    )  # fmt: skip
+    boundaries = {text: tokens / unit for text, tokens in run.round_tokens.items()} if is_wide else {}
+    marks = Marks(boundaries, goal, None if reached is None else (reached, goal))
+    svg = line_chart(lines, title=f"task {name}", x_label=label, marks=marks, wide=is_wide)
     title = "Average over the tasks, percent" if name == AVERAGE else f"{name}, percent"
     caption = "Band: one standard error. The first point is the shared warm-up."
     caption += f" Dashed: where {CONTROL} ends; ring: where {CHOSEN} first is there." if goal is not None else ""

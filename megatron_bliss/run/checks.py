@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.config import Config, ProxyConfig, TargetConfig
-from megatron_bliss.config.parse import ROUND_STAGES
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
 from megatron_bliss.data.splits import check_blend, check_sets
@@ -40,8 +40,9 @@ def check(config: Config) -> None:
 def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
     check_bounds(config)
+    check_selection(config.selection)
     _check_run(config)
-    _check_sizes(config)
+    _check_models(config)
     check_blend(config.data)
 
 
@@ -84,10 +85,10 @@ def _check_run(config: Config) -> None:
         raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
     if not config.arms or not all(name in ARMS for name in config.arms):
         raise ValueError(f"found arms {config.arms}, expected a choice of {', '.join(ARMS)}")
-    if config.rounds < 1:
-        raise ValueError(f"found rounds {config.rounds}, expected at least 1")
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
+    if config.stage == "decay_branch" and not config.pretraining.decay_branch_iters:
+        raise ValueError("found pretraining.decay_branch_iters 0, expected 1 or more for --stage decay_branch")
     if config.stage in ROUND_STAGES:
         if config.stage == "evaluate" and config.round == 0 and config.evaluation.tasks:
             return  # the warm-up's target, shared by all arms
@@ -99,36 +100,7 @@ def _check_run(config: Config) -> None:
             )
 
 
-def _check_sizes(config: Config) -> None:
-    positive = {
-        "data.seq_length": config.data.seq_length,
-        "bilevel.lower_iters": config.bilevel.lower_iters,
-        "bilevel.global_batch_size": config.bilevel.global_batch_size,
-        "bilevel.solver_steps": config.bilevel.solver_steps,
-        "scoring.micro_batch_size": config.scoring.micro_batch_size,
-        "pretraining.warmup_iters": config.pretraining.warmup_iters,
-        "pretraining.train_iters": config.pretraining.train_iters,
-        "pretraining.micro_batch_size": config.pretraining.micro_batch_size,
-        "pretraining.eval_interval": config.pretraining.eval_interval,
-        "evaluation.batch_tokens": config.evaluation.batch_tokens,
-        "checkpoint.save_interval": config.checkpoint.save_interval,
-        "checkpoint.keep": config.checkpoint.keep,
-        "logging.log_interval": config.logging.log_interval,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"found {name} {value}, expected 1 or more")
-    branch = config.pretraining.decay_branch_iters
-    if branch < 0 or (config.stage == "decay_branch" and not branch):
-        expected = "1 or more for --stage decay_branch" if branch == 0 else "0 or more"
-        raise ValueError(f"found pretraining.decay_branch_iters {branch}, expected {expected}")
-    check_selection(config.selection)
-    for name in ("kl_weight", "l2_weight", "damping"):
-        if getattr(config.bilevel, name) < 0:
-            raise ValueError(f"found bilevel.{name} {getattr(config.bilevel, name)}, expected 0 or more")
-    if config.proxy.warmup_micro_batch_size < 0:
-        found = config.proxy.warmup_micro_batch_size
-        raise ValueError(f"found proxy.warmup_micro_batch_size {found}, expected 0 (all samples at once) or more")
+def _check_models(config: Config) -> None:
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):

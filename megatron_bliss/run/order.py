@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config
-from megatron_bliss.config.parse import ROUND_STAGES
+from megatron_bliss.config.stages import ROUND_STAGES
 
 OWN_STAGES = ROUND_STAGES[: ROUND_STAGES.index("score")]
 """Stages that only the arms have that ask for them."""

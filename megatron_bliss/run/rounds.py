@@ -17,8 +17,10 @@ from megatron_bliss.base.files import write_json
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, barrier
 from megatron_bliss.config.config import Config
+from megatron_bliss.report.costs import read_stages
 from megatron_bliss.report.page import write_report
-from megatron_bliss.report.summary import build_summary, format_table, read_stages
+from megatron_bliss.report.summary import build_summary
+from megatron_bliss.report.text import format_table
 from megatron_bliss.run import corpora as run_corpora
 from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder
@@ -33,6 +35,7 @@ STAGE_WORK: dict[str, Callable[[Round, Path], dict]] = {
     "decay_branch": target_stages.decay_target,
     "evaluate": target_stages.evaluate_target,
 }
+"""What each stage of a round does."""
 
 
 def run(config: Config, groups: Groups) -> None:
@@ -103,12 +106,13 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
     """
     curves = {}
     for arm in session.config.arms:
-        points = {point["iteration"]: point for point in _segment_evaluations(warmup(session))}
+        points = list(_segment_evaluations(warmup(session)))
         for this in _rounds(session, arm):
-            evaluate = this.record("evaluate") or {}
-            points |= {point["iteration"]: point for point in _segment_evaluations(this)}
-            points |= {point["iteration"]: point for point in [evaluate.get("evaluation")] if point}
-        curves[arm] = [points[iteration] for iteration in sorted(points)]
+            points += _segment_evaluations(this)
+            record = this.record("evaluate")
+            points += [record["evaluation"]] if record else []
+        newest = {point["iteration"]: point for point in points}
+        curves[arm] = [newest[iteration] for iteration in sorted(newest)]
     return curves
 
 
@@ -128,9 +132,11 @@ def _task_results(session: Session) -> dict[str, list[dict]]:
 
 def _segment_evaluations(this: Round) -> list[dict]:
     """What a segment measured on its way, or its decay branch at its end."""
-    decayed = this.session.config.pretraining.decay_branch_iters > 0
-    record = this.record("decay_branch" if decayed else "pretrain" if this.number else "target") or {}
-    return [record["evaluation"]] if decayed and record else record.get("evaluations", [])
+    if this.session.config.pretraining.decay_branch_iters:
+        record = this.record("decay_branch")
+        return [record["evaluation"]] if record else []
+    record = this.record(this.training_stage)
+    return record["evaluations"] if record else []
 
 
 def _domains(session: Session) -> dict[str, dict]:

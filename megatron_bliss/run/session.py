@@ -16,6 +16,7 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.run.folder import RunFolder
 from megatron_bliss.target.pretrained import configured_architecture
+from megatron_bliss.target.setup import TargetSetup
 
 
 def derive_seed(seed: int, *names: object) -> int:
@@ -46,6 +47,18 @@ class Session:
     @cached_property
     def target_architecture(self) -> Architecture:
         return configured_architecture("target", self.config.target, self.vocab_size)
+
+    @property
+    def target_setup(self) -> TargetSetup:
+        config = self.config
+        return TargetSetup(
+            config.target,
+            self.target_architecture,
+            self.groups,
+            config.platform,
+            config.data.seq_length,
+            seed=derive_seed(config.seed, "target"),
+        )
 
     @cached_property
     def proxy_architecture(self) -> Architecture:
@@ -83,6 +96,22 @@ class Round:
     def before(self) -> Round:
         """The round that this one goes on from."""
         return Round(self.session, self.arm, self.number - 1)
+
+    @property
+    def training_stage(self) -> str:
+        """The stage that trains the target."""
+        return "pretrain" if self.number else "target"
+
+    @property
+    def first_iteration(self) -> int:
+        """Iterations of the target, counted over the whole run, that are done when the round begins."""
+        return self.before.last_iteration if self.number else 0
+
+    @property
+    def last_iteration(self) -> int:
+        """Iterations of the target that are done when the round ends."""
+        training = self.session.config.pretraining
+        return training.warmup_iters + self.number * training.train_iters
 
     @property
     def labels(self) -> dict[str, object]:

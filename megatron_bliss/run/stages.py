@@ -18,8 +18,8 @@ from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel.monitors import validation_advice
-from megatron_bliss.bilevel.precision import DTYPES
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.data.batches import UnitDataset, open_labelled

@@ -17,33 +17,86 @@ from megatron_bliss.run.corpora import held_out_prefixes, shard_prefix
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.target.decay_branch import STAGE as DECAY_BRANCH
 from megatron_bliss.target.decay_branch import train_decay_branch
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import Target
-from megatron_bliss.target.segment import evaluate_loss, load_target, train_segment
+from megatron_bliss.target.segment import Evaluation, Recording, Segment, train_segment
+from megatron_bliss.target.setup import load_target
 
 
 def warm_up_target(session: Session, folder: Path) -> dict:
     """Train the target on the random warm-up shard."""
-    return _train_target(warmup(session), folder, shard_prefix(session, 0), start=None)
+    return _train_target(warmup(session), folder, start=None)
 
 
 def pretrain_target(this: Round, folder: Path) -> dict:
     """Train the target on this round's selection, from the last round's checkpoint."""
-    return _train_target(this, folder, _selected_prefix(this), start=target_checkpoint(this.before))
+    return _train_target(this, folder, start=target_checkpoint(this.before))
+
+
+def _train_target(this: Round, folder: Path, start: Path | None) -> dict:
+    config = this.session.config
+    result = train_segment(
+        this.session.target_setup, config.pretraining, _main_line(this, start), _recording(this, folder)
+    )
+    return {
+        "evaluations": [point._asdict() for point in result.evaluations],
+        "checkpoint": result.checkpoint.name,
+        "flops": result.flops,
+        "skipped_iterations": result.skipped,
+        "kernels": result.kernels,
+    }
 
 
 def decay_target(this: Round, folder: Path) -> dict:
     """Train a copy of the target on while its learning rate falls, and evaluate it in the main line's place."""
     session, training = this.session, this.session.config.pretraining
-    prefix = _selected_prefix(this) if this.number else shard_prefix(session, 0)
-    result = train_decay_branch(
-        **_segment_options(this, folder),
-        start=target_checkpoint(this),
-        data_prefix=prefix,
+    branch = dataclasses.replace(
+        _main_line(this, start=target_checkpoint(this)),
         seed=derive_seed(session.config.seed, "decay branch data", this.number),
-        first_iteration=training.warmup_iters + this.number * training.train_iters,
+        first_iteration=this.last_iteration,
+        last_iteration=this.last_iteration + training.decay_branch_iters,
     )
-    evaluation = _evaluation(this, result.evaluations[-1][2])
-    return {"evaluation": evaluation, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
+    result = train_decay_branch(session.target_setup, training, branch, _recording(this, folder))
+    evaluation = _evaluation(this, result.evaluations[-1].losses)
+    return {"evaluation": evaluation, "checkpoint": result.checkpoint.name, "flops": result.flops}
+
+
+def _main_line(this: Round, start: Path | None) -> Segment:
+    """The round's segment of the target's training; without ``start`` it begins from pretrained or initial weights."""
+    config = this.session.config
+    return Segment(
+        _training_prefix(this),
+        seed=derive_seed(config.seed, "target data", this.number),
+        first_iteration=this.first_iteration,
+        last_iteration=this.last_iteration,
+        total_iterations=dataclasses.replace(this, number=config.rounds).last_iteration,
+        start=start,
+        pretrained=config.target.pretrained_checkpoint if start is None else None,
+        blend=blend(config.data),
+        num_workers=config.data.num_workers,
+    )
+
+
+def _training_prefix(this: Round) -> str:
+    """The round's selection, or the warm-up's shard."""
+    if not this.number:
+        return shard_prefix(this.session, 0)
+    folder, record = this.require("select", "pretrain")
+    return str(folder / record["prefix"])
+
+
+def _recording(this: Round, folder: Path) -> Recording:
+    session = this.session
+    return Recording(
+        folder,
+        session.config.checkpoint,
+        session.config.logging,
+        session.metrics,
+        _test_losses(session),
+        arm=this.arm,
+        round=this.number,
+        stage=this.training_stage,
+    )
 
 
 def evaluate_target(this: Round, folder: Path) -> dict:
@@ -65,9 +118,8 @@ def evaluate_target(this: Round, folder: Path) -> dict:
         label=f"{this.arm}, round {this.number}" if this.number else "warm-up",
         show_progress=session.show_progress,
     )
-    session.metrics.truncate(
-        this.arm, this.number, "evaluate", -1
-    )  # of an attempt that was killed before it was finished
+    # Drop what an attempt logged that was killed before it was finished.
+    session.metrics.truncate(this.arm, this.number, "evaluate", -1)
     session.metrics.log(evaluation["iteration"], task_metrics(result), **this.labels, stage="evaluate")
     return {"evaluation": evaluation, "tasks": result, "flops": 0.0}
 
@@ -82,80 +134,23 @@ def evaluation_checkpoint(this: Round) -> Path:
 
 def _evaluation(this: Round, losses: dict[str, float]) -> dict:
     """A point of the arm's curve. It stands at the main line's tokens: what a decay branch read is not counted."""
-    training = this.session.config.pretraining
-    iteration = training.warmup_iters + this.number * training.train_iters
-    tokens = iteration * training.global_batch_size * this.session.config.data.seq_length
-    return {"iteration": iteration, "tokens": tokens, "losses": losses}
-
-
-def _selected_prefix(this: Round) -> str:
-    folder, record = this.require("select", "pretrain")
-    return str(folder / record["prefix"])
-
-
-def _train_target(this: Round, folder: Path, prefix: str, start: Path | None) -> dict:
-    session, number, training = this.session, this.number, this.session.config.pretraining
-    result = train_segment(
-        **_segment_options(this, folder),
-        start=start,
-        pretrained=session.config.target.pretrained_checkpoint if number == 0 else None,
-        data_prefix=prefix,
-        seed=derive_seed(session.config.seed, "target data", number),
-        first_iteration=0 if number == 0 else training.warmup_iters + (number - 1) * training.train_iters,
-        last_iteration=training.warmup_iters + number * training.train_iters,
-        stage="pretrain" if number else "target",
-    )
-    points = [{"iteration": step, "tokens": tokens, "losses": losses} for step, tokens, losses in result.evaluations]
-    record = {"evaluations": points, "checkpoint": Path(result.checkpoint).name, "flops": result.flops}
-    return {**record, "skipped_iterations": result.skipped, "kernels": result.kernels}
-
-
-def _segment_options(this: Round, folder: Path) -> dict:
-    """What the main line and its decay branches have in common."""
-    session, config = this.session, this.session.config
-    return {
-        "config": config.pretraining,
-        "target_config": config.target,
-        "architecture": session.target_architecture,
-        "groups": session.groups,
-        "platform": config.platform,
-        "seq_length": config.data.seq_length,
-        "total_iterations": config.pretraining.warmup_iters + config.rounds * config.pretraining.train_iters,
-        "folder": folder,
-        "save_interval": config.checkpoint.save_interval,
-        "keep": config.checkpoint.keep,
-        "async_save": config.checkpoint.async_save,
-        "metrics": session.metrics,
-        "log_interval": config.logging.log_interval,
-        "evaluate": _test_losses(session),
-        **this.labels,
-        "progress": session.show_progress,
-        "num_workers": config.data.num_workers,
-        "blend": blend(config.data),
-        "init_seed": derive_seed(config.seed, "target"),
-        "device_peak_tflops": config.logging.device_peak_tflops,
-    }
+    config = this.session.config
+    tokens = this.last_iteration * config.pretraining.global_batch_size * config.data.seq_length
+    return Evaluation(this.last_iteration, tokens, losses)._asdict()
 
 
 def target_checkpoint(this: Round) -> Path:
     """The target as a round left it (round 0: the warm-up, shared by all arms)."""
-    folder, record = this.require("pretrain" if this.number else "target", "a stage that needs this target")
+    folder, record = this.require(this.training_stage, "a stage that needs this target")
     return folder / record["checkpoint"]
 
 
 def load_saved_target(session: Session, path: Path, params_dtype: str | None = None) -> Target:
     """A checkpoint of the target, read back and not to be trained; in the run's precision unless another is named."""
-    config = session.config
-    platform = dataclasses.replace(config.platform, params_dtype=params_dtype or config.platform.params_dtype)
-    return load_target(
-        path,
-        target_config=config.target,
-        architecture=session.target_architecture,
-        groups=session.groups,
-        platform=platform,
-        seq_length=config.data.seq_length,
-        seed=config.seed,
-    )
+    setup = session.target_setup
+    if params_dtype is not None:
+        setup = dataclasses.replace(setup, platform=dataclasses.replace(setup.platform, params_dtype=params_dtype))
+    return load_target(path, setup)
 
 
 def _test_losses(session: Session) -> Callable[[Target], dict[str, float]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bliss.config.bounds import bounded, check_bounds
+
 
 @dataclass(frozen=True)
 class FractionSettings:
     """How many units are kept."""
 
-    fraction: float = 0.2
+    fraction: float = bounded(0.2, above=0, maximum=1)
     """Share of units kept."""
 
 
@@ -21,12 +23,6 @@ class DomainSettings(FractionSettings):
     """Column of the provenance that says which domain a unit is of."""
 
 
-def check_fraction(settings: FractionSettings, chosen: bool = True) -> None:
-    """Refuse a fraction that is none."""
-    if not 0 < settings.fraction <= 1:
-        raise ValueError(f"found selection.fraction {settings.fraction}, expected a share in (0, 1]")
-
-
 def fraction_share(settings: FractionSettings, tokens: float) -> float:
     """About the share of tokens kept."""
     return settings.fraction
@@ -34,5 +30,5 @@ def fraction_share(settings: FractionSettings, tokens: float) -> float:
 
 def fraction_count(settings: FractionSettings, count: int) -> int:
     """How many of ``count`` units are kept: at least one."""
-    check_fraction(settings)
+    check_bounds(settings, "selection")
     return max(1, round(settings.fraction * count))

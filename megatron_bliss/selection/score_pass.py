@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_bliss.base.files import atomic_file
-from megatron_bliss.base.metrics import progress
+from megatron_bliss.base.progress import progress
 from megatron_bliss.data.batches import BatchSource
 from megatron_bliss.models.score import ScoreModel
 

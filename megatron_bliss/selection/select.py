@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.config import SelectionConfig
 from megatron_bliss.config.settings import merged_settings, pick
 from megatron_bliss.data.indexed import IndexedCorpus
@@ -87,6 +88,7 @@ def kept_share(selection: SelectionConfig, tokens: float, round_tokens: int) -> 
 
 def check_selection(selection: SelectionConfig) -> None:
     """Refuse settings that cannot work whatever the corpus; errors name the option."""
+    check_bounds(selection, "selection")
     if selection.policy not in POLICIES:
         raise ValueError(f"found selection.policy {selection.policy!r}, expected one of {', '.join(POLICIES)}")
     known = merged_settings(POLICIES)
@@ -94,9 +96,9 @@ def check_selection(selection: SelectionConfig) -> None:
         if name not in known:
             raise ValueError(f"found selection.{name}, which no policy has, expected settings of {', '.join(known)}")
     for name, policy in POLICIES.items():
-        policy.check(pick(policy.settings, selection.settings), name == selection.policy)
-    if not selection.epoch_warning > 0:
-        raise ValueError(f"found selection.epoch_warning {selection.epoch_warning}, expected more than 0")
+        settings = pick(policy.settings, selection.settings)
+        check_bounds(settings, "selection")
+        policy.check(settings, name == selection.policy)
 
 
 def repetition_warnings(train_tokens: int, selected_tokens: int, selection: SelectionConfig) -> list[str]:

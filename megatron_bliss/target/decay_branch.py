@@ -8,48 +8,37 @@ folder of its own: the main line reads nothing of it and gives the same numbers,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from megatron_bliss.config.config import PretrainingConfig
 from megatron_bliss.target.learning_rate import branch_settings
-from megatron_bliss.target.model import Target
-from megatron_bliss.target.segment import SegmentResult, train_segment
+from megatron_bliss.target.segment import Recording, Segment, SegmentResult, train_segment
+from megatron_bliss.target.setup import TargetSetup
 
 STAGE = "decay_branch"
 """Its name in metrics and among the stages of a run."""
 
 
 def train_decay_branch(
-    *,
-    config: PretrainingConfig,
-    start: Path,
-    first_iteration: int,
-    total_iterations: int,
-    folder: Path,
-    evaluate: Callable[[Target], dict[str, float]] | None,
-    **segment: Any,
+    setup: TargetSetup, config: PretrainingConfig, segment: Segment, recording: Recording
 ) -> SegmentResult:
-    """Collective: train ``config.decay_branch_iters`` iterations on from ``start``, the main line's checkpoint after
-    ``first_iteration`` of its ``total_iterations``; evaluated once, at the end.
+    """Collective: train a copy over the branch's own ``segment`` and evaluate it once, at the end.
 
-    Killed and called again it goes on from its own last checkpoint. ``segment`` and errors: as in ``train_segment``.
+    ``segment.start`` is the main line's checkpoint after ``first_iteration`` of its ``total_iterations``: the learning
+    rate falls from what it is there. Killed and called again it goes on from its own last checkpoint. Errors: as in
+    ``train_segment``.
     """
-    iterations = config.decay_branch_iters
-    last = first_iteration + iterations
+    last = segment.last_iteration
     optimizer = branch_settings(
-        config.optimizer, config.decay_branch_style, first_iteration, iterations, total_iterations
+        config.optimizer,
+        config.decay_branch_style,
+        segment.first_iteration,
+        segment.iterations,
+        segment.total_iterations,
     )
     return train_segment(
-        config=replace(config, optimizer=optimizer, eval_interval=last),
-        start=start,
-        first_iteration=first_iteration,
-        last_iteration=last,
-        total_iterations=last,
-        folder=folder,
-        evaluate=evaluate,
-        stage=STAGE,
-        **segment,
+        setup,
+        replace(config, optimizer=optimizer, eval_interval=last),
+        replace(segment, total_iterations=last),
+        replace(recording, stage=STAGE),
     )

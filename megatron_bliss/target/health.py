@@ -73,8 +73,3 @@ def _check(config: PretrainingConfig) -> None:
             f"found pretraining.loss_spike_factor={config.loss_spike_factor}, expected more than 1, or 0 for none: "
             "change it"
         )
-    if config.loss_spike_window < 1 or config.max_consecutive_skips < 0:
-        raise ValueError(
-            f"found pretraining.loss_spike_window={config.loss_spike_window} and max_consecutive_skips="
-            f"{config.max_consecutive_skips}, expected at least 1 and 0: change them"
-        )

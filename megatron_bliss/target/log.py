@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from megatron_bliss.base.metrics import MetricsLogger, Progress, progress
+from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.platform import peak_memory_bytes
+from megatron_bliss.base.progress import Progress, progress
 
 MEASURED = (
     "tokens_per_second",
@@ -18,27 +21,35 @@ MEASURED = (
 """Metrics that differ between two runs of the same options."""
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What one iteration takes and what it runs on: its seconds are judged by this."""
+
+    tokens: int
+    flops: float
+    """The model's own, over all devices: recomputed activations don't count."""
+    devices: int
+    peak_flops: float | None
+    """FLOP/s that one device could do at best; None where nobody knows."""
+
+
 class TrainingLog:
     """Where the numbers of a segment go, and how fast it runs."""
 
     def __init__(
         self,
         metrics: MetricsLogger | None,
+        labels: Mapping[str, str | int],
+        workload: Workload,
+        *,
         interval: int,
         show_progress: bool,
-        *,
-        tokens_per_iteration: int,
-        flops_per_iteration: float,
-        devices: int,
-        peak_flops: float | None,
         speaks: bool,
-        **labels: str | int,
     ) -> None:
-        """``flops_per_iteration`` are the model's own, over all ``devices``: recomputed activations don't count.
-        ``speaks`` on the one rank whose warnings are heard."""
-        self.metrics, self.interval, self.show_progress, self.labels = metrics, interval, show_progress, labels
-        self.tokens_per_iteration, self.flops_per_iteration = tokens_per_iteration, flops_per_iteration
-        self.devices, self.peak_flops, self.speaks = devices, peak_flops, speaks
+        """``labels``: arm, round and stage. ``interval``: iterations between lines. ``speaks`` on the one rank whose
+        warnings are heard."""
+        self.metrics, self.labels, self.workload = metrics, labels, workload
+        self.interval, self.show_progress, self.speaks = interval, show_progress, speaks
         self._seconds, self._iterations = 0.0, 0
 
     @property
@@ -61,12 +72,13 @@ class TrainingLog:
         was used (MFU; NaN, which is null in the file, where the peak is unknown); peak memory in bytes."""
         seconds = self._seconds / self._iterations
         self._seconds, self._iterations = 0.0, 0
-        flops = self.flops_per_iteration / self.devices / seconds
+        workload = self.workload
+        flops, peak = workload.flops / workload.devices / seconds, workload.peak_flops
         return {
-            "tokens_per_second": self.tokens_per_iteration / seconds,
+            "tokens_per_second": workload.tokens / seconds,
             "milliseconds_per_iteration": 1000 * seconds,
             "flops_per_second_per_device": flops,
-            "model_flops_utilisation": math.nan if self.peak_flops is None else flops / self.peak_flops,
+            "model_flops_utilisation": math.nan if peak is None else flops / peak,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
@@ -80,7 +92,7 @@ class TrainingLog:
             "TFLOP/s": values["flops_per_second_per_device"] / 1e12,
             "GiB": values["peak_memory_bytes"] / 2**30,
         }
-        if self.peak_flops is not None:
+        if self.workload.peak_flops is not None:
             shown["MFU"] = values["model_flops_utilisation"]
         if values["skipped_iterations"]:
             shown["skipped"] = values["skipped_iterations"]

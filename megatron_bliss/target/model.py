@@ -219,9 +219,7 @@ def forward_only(
     return parts[:count]
 
 
-def last_stage_hidden_states(
-    target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int = 8
-) -> Tensor | None:
+def last_stage_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int) -> Tensor | None:
     """tokens [b, s] -> hidden states [b, s, w] after the final norm on the ranks of the last stage, None elsewhere.
 
     Collective over a model-parallel group, whose ranks all bring the same tokens.

@@ -58,38 +58,40 @@ class MicroBatch:
         return MicroBatch(*(part.to(device, non_blocking=True) for part in (self.tokens, self.labels, self.loss_mask)))
 
 
+@dataclass(frozen=True)
+class SequenceSource:
+    """Where sequences come from, how many there are and in which order: all that decides their tokens."""
+
+    prefix: str
+    vocab_size: int
+    seq_length: int
+    num_samples: int
+    seed: int
+    blend: Sequence[tuple[str, float]] = ()
+    """Further (prefix, share of the sequences); ``prefix`` has the rest."""
+
+
 class TrainingSequences:
-    """``num_samples`` sequences of a corpus, dealt to data-parallel ranks in micro-batches."""
+    """The sequences of a source, dealt to data-parallel ranks in micro-batches."""
 
     def __init__(
-        self,
-        prefix: str,
-        groups: Groups,
-        *,
-        seq_length: int,
-        num_samples: int,
-        vocab_size: int,
-        seed: int,
-        cache_folder: str | Path,
-        num_workers: int = 0,
-        blend: Sequence[tuple[str, float]] = (),
+        self, source: SequenceSource, groups: Groups, *, cache_folder: str | Path, num_workers: int = 0
     ) -> None:
         """Collective. The shuffled order is made once on the main rank and kept in ``cache_folder``.
 
-        ``blend``: further (prefix, share of the sequences); ``prefix`` has the rest. ValueError where nothing is left.
+        ValueError where a blend leaves nothing to the first corpus, or a corpus has not one sequence.
         """
-        self.groups, self.vocab_size, self.num_workers, self.prefix = groups, vocab_size, num_workers, prefix
-        shares = _shares(prefix, blend)
+        self.source, self.groups, self.num_workers = source, groups, num_workers
+        shares = _shares(source.prefix, source.blend)
         digest = None
         with failing_together(groups):
             if groups.is_main:
                 digest = prepare_cache(list(shares), Path(cache_folder))
         self.digest: str = broadcast_object(digest, groups)
         """SHA-256 of the index, or of those of a blend: a resumed run compares it with its checkpoint's."""
-        self.num_samples = num_samples
         config = GPTDatasetConfig(
-            random_seed=seed % 2**32,
-            sequence_length=seq_length,
+            random_seed=source.seed % 2**32,
+            sequence_length=source.seq_length,
             path_to_cache=str(cache_folder),
             tokenizer=_Tokenizer(),
             reset_position_ids=False,
@@ -100,7 +102,7 @@ class TrainingSequences:
         for builds in (True, False):  # the main rank writes the cache, the others then read it
             with failing_together(groups):
                 if groups.is_main == builds:
-                    self.dataset = _open(shares, config, num_samples)
+                    self.dataset = _open(shares, config, source.num_samples)
                     if builds:
                         write_json(Path(cache_folder) / CACHE_MARKER, {"index_sha256": digest})
 
@@ -113,7 +115,7 @@ class TrainingSequences:
         groups = self.groups
         stride = micro_batch_size * groups.data_parallel_size
         assert count % stride == 0
-        starts = range(first + groups.data_parallel_rank * micro_batch_size, self.num_samples, stride)
+        starts = range(first + groups.data_parallel_rank * micro_batch_size, self.source.num_samples, stride)
         loader = DataLoader(
             self.dataset,
             batch_sampler=[range(start, start + micro_batch_size) for start in starts],
@@ -127,10 +129,10 @@ class TrainingSequences:
 
     def _checked(self, parts: tuple[Tensor, Tensor, Tensor]) -> MicroBatch:
         largest = int(parts[1].max())
-        if largest >= self.vocab_size:
+        if largest >= self.source.vocab_size:
             raise ValueError(
-                f"found token id {largest} in {self.prefix}, expected ids below the vocabulary's {self.vocab_size}: "
-                "the corpus was made with another tokenizer than its manifest says"
+                f"found token id {largest} in {self.source.prefix}, expected ids below the vocabulary's "
+                f"{self.source.vocab_size}: the corpus was made with another tokenizer than its manifest says"
             )
         return MicroBatch(*parts)
 

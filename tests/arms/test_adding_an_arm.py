@@ -11,7 +11,6 @@ import pytest
 
 from megatron_bliss.data.indexed import IndexedCorpus
 from tests.extending import extended_copy, run_in
-from tests.run.test_rounds import corpus  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def copy(tmp_path_factory) -> Path:
     return extended_copy(tmp_path_factory.mktemp("copy"), "arms", "mates")
 
 
-def of_a_run(corpus: Path, folder: Path, *options: str) -> list[str]:  # noqa: F811
+def of_a_run(corpus: Path, folder: Path, *options: str) -> list[str]:
     small = ["--rounds", "1", "--arms", "[length]", "--evaluation.tasks", "[]", "--baselines.length.factor", "0.5"]
     return ["--config", str(corpus / "config.yaml"), "--run_folder", str(folder), *small, *options]
 
@@ -31,13 +30,13 @@ def test_the_help_shows_it(copy: Path) -> None:
     assert "--baselines.length.factor FACTOR Score of a unit per token. [more than 0]" in text
 
 
-def test_bad_options_of_it_are_refused(copy: Path, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_options_of_it_are_refused(copy: Path, corpus: Path, tmp_path: Path) -> None:
     bad = of_a_run(corpus, tmp_path / "run", "--baselines.length.factor", "0")
     done = run_in(copy, "pretrain_bliss.py", *bad)
     assert done.returncode == 2 and "found baselines.length.factor 0.0, expected more than 0" in done.stderr
 
 
-def test_a_run_is_planned_and_trains_on_what_it_selects(copy: Path, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_is_planned_and_trains_on_what_it_selects(copy: Path, corpus: Path, tmp_path: Path) -> None:
     options = of_a_run(corpus, tmp_path / "run")
     done = run_in(copy, "tools/plan.py", *options)
     assert done.returncode == 0 and re.search(r"^ +length +score +1 ", done.stdout, re.MULTILINE), done.stderr

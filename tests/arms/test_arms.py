@@ -11,7 +11,7 @@ import pytest
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Arm
-from megatron_bliss.config.parse import ROUND_STAGES
+from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import OWN_STAGES, round_stages
 

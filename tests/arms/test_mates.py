@@ -30,14 +30,26 @@ from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.target.checkpoint import load_moments, load_target_and_optimizer
 from megatron_bliss.target.gradient import parameters
 from megatron_bliss.target.model import global_name
-from megatron_bliss.target.segment import load_target
+from megatron_bliss.target.setup import load_target
 from megatron_bliss.target.state import MOMENTS
 from megatron_bliss.target.trainer import TargetTrainer
 from megatron_bliss.target.weights import full_weights
 from tests.distributed import run_distributed
-from tests.report.test_page import check_page
-from tests.run.test_rounds import command, corpus, metric_lines, run  # noqa: F401 - a fixture
-from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_corpus, train
+from tests.report.run_folders import check_page
+from tests.runs import command, metric_lines, run
+from tests.targets import (
+    LLAMA,
+    NEOX,
+    PRETRAINING,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+)
 
 ARCHITECTURES = {"neox": NEOX, "llama": LLAMA, "deep": replace(LLAMA, num_layers=4)}
 INTERLEAVED = replace(layout(1, 2), virtual_pipeline_model_parallel_size=2)
@@ -74,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
     prefix = make_corpus(path / "training")
     for name, architecture in ARCHITECTURES.items():
         with grouped(layout()) as groups:
-            train(groups, layout(), prefix, path / name, architecture=architecture, iterations=8)
+            train(setup_of(groups, architecture=architecture), segment_of(prefix, 8), path / name)
     return path
 
 
@@ -83,14 +95,7 @@ def checkpoint(folder: Path, name: str) -> Path:
 
 
 def open_target(folder: Path, name: str, config: TargetConfig, groups):
-    return load_target(
-        checkpoint(folder, name),
-        target_config=config,
-        architecture=ARCHITECTURES[name],
-        groups=groups,
-        platform=PlatformConfig(),
-        seq_length=SEQ_LENGTH,
-    )
+    return load_target(checkpoint(folder, name), setup_of(groups, config, ARCHITECTURES[name]))
 
 
 def open_probe(folder: Path, name: str, kind: str, config: TargetConfig, groups) -> Probe:
@@ -208,11 +213,10 @@ def test_influences_are_the_same_in_every_layout(folder: Path) -> None:
 def test_a_target_in_bf16_is_probed_in_fp32(folder: Path) -> None:
     platform = PlatformConfig(params_dtype="bf16")
     with grouped(layout(), platform) as groups:
-        train(groups, layout(), str(folder / "training"), folder / "bf16", platform=platform, iterations=8)
+        low_precision = setup_of(groups, platform=platform)
+        train(low_precision, segment_of(str(folder / "training"), 8), folder / "bf16")
         path = checkpoint(folder, "bf16")
-        options = {"target_config": layout(), "architecture": NEOX, "groups": groups, "seq_length": SEQ_LENGTH}
-        rounded = load_target(path, platform=platform, **options)
-        target = load_target(path, platform=PlatformConfig(), **options)
+        rounded, target = load_target(path, low_precision), load_target(path, setup_of(groups))
         moments = load_moments(path, target, groups)
         for low, full, pair in zip(parameters(rounded), parameters(target), moments.pairs, strict=True):
             assert low.dtype == torch.bfloat16 and torch.equal(low.float(), full)
@@ -344,7 +348,7 @@ def test_too_small_a_shard_is_refused(folder: Path, tmp_path: Path) -> None:
         scored(folder, tmp_path / "parts", source=small)
 
 
-def test_rank_correlation() -> None:
+def test_rank_correlation_is_that_of_the_ranks_with_ties_shared() -> None:
     generator = np.random.default_rng(0)
     left, right = generator.permutation(50), generator.permutation(50)
     assert influence_model.spearman(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
@@ -354,7 +358,7 @@ def test_rank_correlation() -> None:
     assert influence_model.spearman(ties, np.ones(4)) == 0
 
 
-def test_a_whole_run_with_four_arms(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(corpus, folder, *RUN)
     assert result.returncode == 0, result.stderr

@@ -94,7 +94,7 @@ def check_four_ranks(rank: int, world_size: int) -> dict:
     return outcome
 
 
-def test_layouts_collectives_and_errors_on_four_ranks():
+def test_four_ranks_agree_on_layouts_collectives_and_errors():
     ranks = run_distributed(check_four_ranks, 4)
     assert [outcome["tensor"]["ranks"] for outcome in ranks] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
     assert [outcome["tensor"]["replica"] for outcome in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]

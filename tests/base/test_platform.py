@@ -23,7 +23,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu():
         platform.choose_device(PlatformConfig(device="cuda"), 0)
 
 
-def test_dtype():
+def test_weights_are_in_the_precision_that_was_asked_for():
     assert platform.choose_dtype(PlatformConfig()) == torch.float32
     assert platform.choose_dtype(PlatformConfig(params_dtype="bf16")) == torch.bfloat16
 
@@ -34,8 +34,8 @@ def test_importing_changes_nothing_and_patches_apply_once():
     program = """
 import resource
 import torch
-from megatron_bliss import platform
-from megatron_bliss.config import PlatformConfig
+from megatron_bliss.base import platform
+from megatron_bliss.config.config import PlatformConfig
 assert torch.ones(1).type() == "torch.FloatTensor"
 platform.prepare(PlatformConfig(), 0, 1)
 current_device, type_name = torch.cuda.current_device, torch.Tensor.type

@@ -47,8 +47,6 @@ def check_all(model, batch, P, z, options, engine, tolerance):
             assert relative_error(value, expected) < tolerance
     value, found = curvature.gradient(model, batch, P, **options, **engine)
     assert relative_error(value, loss) < tolerance and relative_error(found.flat, gradient) < tolerance
-    micro = {"micro_batch_size": engine.get("micro_batch_size", 0)}
-    assert relative_error(curvature.influence(model, batch, z, **micro), d) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,14 +177,11 @@ def test_sample_losses_and_named_views():
     model, batch, P, z = problem("gpt_neox")
     options = kl_options("target_to_proxy", 3, 9)
     losses, kl = reference.losses(model, dict(model.named_parameters()), batch, options["teacher"], "target_to_proxy")
-    found = curvature.sample_losses(
-        model, batch, teacher=options["teacher"], kl_direction="target_to_proxy", micro_batch_size=2
-    )
-    result = curvature.value_and_gradient(model, batch, P, **options)
-    for part in (found.losses, result.sample_losses):
-        assert relative_error(part, losses) < 1e-12
-    for part in (found.kl, result.sample_kl):
-        assert relative_error(part, kl) < 1e-12
+    result = curvature.value_and_gradient(model, batch, P, micro_batch_size=2, **options)
+    product = curvature.curvature_product(model, batch, P, z, micro_batch_size=2, **options)
+    for found in (result, product):
+        assert relative_error(found.sample_losses, losses) < 1e-12
+        assert relative_error(found.sample_kl, kl) < 1e-12
     assert relative_error(result.kl, kl.mean()) < 1e-12
     assert {n: t.shape for n, t in result.gradient.items()} == {n: p.shape for n, p in model.named_parameters()}
     result.gradient.flat.zero_()
@@ -241,7 +236,6 @@ def test_no_tensor_of_batch_by_sequence_by_vocabulary(recompute, direction):
         curvature.curvature_product(model, batch, P, z, **options)
         curvature.curvature_product(model, batch, P, z, curvature="gauss_newton", **options)
         curvature.gradient(model, batch, P, **options)
-        curvature.influence(model, batch, z)
     with Largest() as naive:
         reference.gradient(model, batch, P)
     assert naive.elements >= samples * (length - 1) * vocab
@@ -270,7 +264,7 @@ def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match="one a sample"):
         curvature.gradient(model, batch, P[:2])
     with pytest.raises(ValueError, match="one element a parameter"):
-        curvature.influence(model, batch, z[:-1])
+        curvature.curvature_product(model, batch, P, z[:-1])
     with pytest.raises(ValueError, match="differs from the model's parameters in extra"):
         named = {n: p.detach() for n, p in model.named_parameters()}
-        curvature.influence(model, batch, named | {"extra": z})
+        curvature.curvature_product(model, batch, P, named | {"extra": z})

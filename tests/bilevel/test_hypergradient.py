@@ -23,9 +23,9 @@ def test_equals_per_sample_gradients(micro, activation):
     model, scorer, batch = language_model(), score_model("llama", activation=activation, seed=3), random_batch(5, 9)
     z = random_vector(model)
     scores = hypergradient.score_batch(scorer, batch, micro_batch_size=micro)
-    coefficients = hypergradient.hypergradient_coefficients(
-        global_softmax(scores), curvature.influence(model, batch, z)
-    )
+    P = global_softmax(scores)
+    d = curvature.curvature_product(model, batch, P, z).influence
+    coefficients = hypergradient.hypergradient_coefficients(P, d)
     found = hypergradient.hypergradient(scorer, batch, coefficients, micro_batch_size=micro)
     expected = reference.hypergradient(scorer, batch, z, model)
     assert relative_error(found.flat, expected) < 1e-9
@@ -131,7 +131,7 @@ def engine_hypergradient(inner):
     P = global_softmax(hypergradient.score_batch(inner.scorer, inner.batch))
     weights = curvature.validation_weights(inner.validation, dtype=torch.float64)
     b = curvature.gradient(inner.model, inner.validation, weights)[1].flat
-    d = curvature.influence(inner.model, inner.batch, inner.inverse @ b)
+    d = curvature.curvature_product(inner.model, inner.batch, P, inner.inverse @ b).influence
     coefficients = hypergradient.hypergradient_coefficients(P, d)
     return hypergradient.hypergradient(inner.scorer, inner.batch, coefficients).flat
 

@@ -15,7 +15,7 @@ from megatron_bliss.bilevel.walk import DualWalk, Walk
 from megatron_bliss.config.config import ModelConfig
 from megatron_bliss.models.presets import resolve_architecture
 from tests.bilevel.problems import language_model, random_batch
-from tests.bilevel.test_train import ALONE, CONFIG, assert_same, make_trainer, run_steps
+from tests.bilevel.trainers import ALONE, CONFIG, assert_same, make_trainer, run_steps
 
 PYTHIA = resolve_architecture(ModelConfig(preset="pythia-31m"), 50304)
 

@@ -11,7 +11,7 @@ import torch
 from megatron_bliss.bilevel import precision
 from megatron_bliss.bilevel.precision import ComputeCopy, precision_warnings, product_cosines
 from megatron_bliss.models.transformer import build_lm
-from tests.bilevel.test_train import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
+from tests.bilevel.trainers import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
 
 
 @pytest.fixture

@@ -10,91 +10,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World
-from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig
-from megatron_bliss.data.batches import Batch, BatchSchedule, language_model_mask
-from megatron_bliss.models.score import build_score_model
+from megatron_bliss.bilevel.train import ProxyWarmup, World
+from megatron_bliss.config.config import OptimizerConfig, ProxyConfig
+from megatron_bliss.data.batches import BatchSchedule
 from megatron_bliss.models.transformer import build_lm
+from tests.bilevel.trainers import (
+    ALONE,
+    CONFIG,
+    OPTIMIZER,
+    SIZES,
+    VOCABULARY,
+    RandomUnits,
+    assert_same,
+    flat,
+    make_trainer,
+    run_steps,
+)
 from tests.distributed import run_distributed
 
-VOCABULARY, LENGTH = 37, 9
-SIZES = ModelConfig(architecture="gpt_neox", num_layers=2, hidden_size=16, num_attention_heads=2)
-# A key's bias has gradient 0 (softmax does not see it): what is there is rounding, which AdamW would blow up to steps
-# of size lr if its epsilon were not well above it.
-OPTIMIZER = OptimizerConfig(lr=3e-3, adam_eps=1e-3)
-CONFIG = BilevelConfig(
-    upper_iters=3,
-    lower_iters=2,
-    global_batch_size=8,
-    validation_batch_size=6,
-    kl_weight=0.3,
-    l2_weight=1e-3,
-    proxy_optimizer=OPTIMIZER,
-    score_optimizer=OPTIMIZER,
-)
-
-
-class RandomUnits:
-    """Units of random tokens and lengths; ``labels`` of each row's last tokens only when ``last`` is set."""
-
-    def __init__(self, count: int, seed: int, last: int | None = None) -> None:
-        generator = np.random.default_rng(seed)
-        self.tokens = torch.from_numpy(generator.integers(0, VOCABULARY, (count, LENGTH)))
-        self.lengths = torch.from_numpy(generator.integers(4, LENGTH + 1, count))
-        self.last, self.seq_length = last, LENGTH
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, ids: np.ndarray) -> Batch:
-        ids = torch.from_numpy(ids)
-        lengths = self.lengths[ids]
-        width = int(lengths.max()) if len(ids) else 0
-        mask, positions = language_model_mask(lengths, width), torch.arange(width)[None, :]
-        if self.last is not None:
-            mask &= positions >= (lengths - self.last)[:, None]
-        return Batch(self.tokens[ids, :width] * (positions < lengths[:, None]), mask, lengths, ids)
-
-
-def make_trainer(
-    config: BilevelConfig, dtype: torch.dtype, world: World, *, target_teacher=None, vocab_size: int = VOCABULARY
-) -> BilevelTrainer:
-    """A trainer on random units; without a ``target_teacher``, a small frozen LM of another width is the teacher."""
-    options = {"dtype": dtype, "device": world.device}
-    proxy = build_lm(SIZES, vocab_size=vocab_size, seed=1, **options)
-    score = build_score_model(ScoreConfig(head_init_std=0.5), proxy.architecture, seed=2, trunk_from=proxy, **options)
-    target = build_lm(dataclasses.replace(SIZES, hidden_size=24), vocab_size=vocab_size, seed=3, **options)
-
-    def teacher(tokens: torch.Tensor) -> Teacher:
-        with torch.no_grad():
-            return Teacher(target.hidden_states(tokens), target.output_weight.detach())
-
-    def schedule(source: RandomUnits, size: int) -> BatchSchedule:
-        return BatchSchedule(source, size, seed=5, rank=world.rank, world_size=world.size)
-
-    train = schedule(RandomUnits(40, 1), config.global_batch_size)
-    validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
-    return BilevelTrainer(config, proxy, score, target_teacher or teacher, train, validation, world)
-
-
-def run_steps(config: BilevelConfig, dtype: torch.dtype, world: World, steps: int = 3) -> dict[str, np.ndarray]:
-    """Everything that ``steps`` bilevel steps leave behind, as fp64 arrays."""
-    trainer = make_trainer(config, dtype, world)
-    metrics = [trainer.step() for _ in range(steps)]
-    return {
-        "proxy": _flat(trainer.proxy),
-        "score": _flat(trainer.score_model),
-        "z": trainer.z.double().numpy(),
-        "metrics": np.array([[step[name] for name in sorted(step)] for step in metrics]),
-    }
-
-
-def _flat(model: torch.nn.Module) -> np.ndarray:
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
-
-
-ALONE = World(None, 0, 1, torch.device("cpu"))
 VARIANTS = {
     "default": CONFIG,
     "micro-batches of 1": dataclasses.replace(CONFIG, micro_batch_size=1),
@@ -113,13 +46,6 @@ def on_ranks(rank: int, world_size: int) -> dict[str, dict[str, np.ndarray]]:
         for name, config in VARIANTS.items()
         for dtype in (torch.float64, torch.float32)
     }
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float, where: str) -> None:
-    for name, value in expected.items():
-        scale = max(np.abs(value).max(), 1e-3)
-        error = np.abs(found[name] - value).max() / scale
-        assert error < tolerance, f"{where}: {name} differs by {error}"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -143,12 +69,12 @@ def test_steps_do_not_depend_on_micro_batches(size: int) -> None:
 
 def test_a_step_moves_scores_and_proxy() -> None:
     trainer = make_trainer(CONFIG, torch.float64, ALONE)
-    proxy, score = _flat(trainer.proxy), _flat(trainer.score_model)
+    proxy, score = flat(trainer.proxy), flat(trainer.score_model)
     trainer.step()
     assert np.abs(trainer.z.numpy()).max() > 0
-    assert np.abs(_flat(trainer.proxy) - proxy).max() > 0
+    assert np.abs(flat(trainer.proxy) - proxy).max() > 0
     trainer.step()  # z was 0 in the first step, so its influences were too
-    assert np.abs(_flat(trainer.score_model) - score).max() > 0
+    assert np.abs(flat(trainer.score_model) - score).max() > 0
 
 
 def test_resumed_steps_equal_uninterrupted_ones(tmp_path) -> None:
@@ -164,8 +90,8 @@ def test_resumed_steps_equal_uninterrupted_ones(tmp_path) -> None:
     for _ in range(2):
         resumed = second.step()
     assert resumed == last
-    assert np.array_equal(_flat(whole.score_model), _flat(second.score_model))
-    assert np.array_equal(_flat(whole.proxy), _flat(second.proxy))
+    assert np.array_equal(flat(whole.score_model), flat(second.score_model))
+    assert np.array_equal(flat(whole.proxy), flat(second.proxy))
     assert torch.equal(whole.z, second.z)
 
 
@@ -176,7 +102,7 @@ def warm_up(dtype: torch.dtype = torch.float64, **options) -> np.ndarray:
     trainer = ProxyWarmup(config, proxy, BatchSchedule(RandomUnits(9, 1), 5, seed=1, rank=0, world_size=1), ALONE)
     for _ in range(3):
         trainer.step()
-    return _flat(proxy)
+    return flat(proxy)
 
 
 def test_proxy_warm_up_in_micro_batches_and_in_bf16() -> None:
@@ -184,7 +110,7 @@ def test_proxy_warm_up_in_micro_batches_and_in_bf16() -> None:
     np.testing.assert_allclose(warm_up(warmup_micro_batch_size=2), whole, atol=1e-12)
     low, start = (
         warm_up(torch.float32, warmup_params_dtype="bf16"),
-        _flat(build_lm(SIZES, vocab_size=VOCABULARY, seed=1)),
+        flat(build_lm(SIZES, vocab_size=VOCABULARY, seed=1)),
     )
     assert 0 < np.linalg.norm(low - whole) < 0.1 * np.linalg.norm(whole - start)
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import World
-from tests.bilevel.test_train import CONFIG, assert_same, make_trainer
+from tests.bilevel.trainers import CONFIG, assert_same, make_trainer
 from tests.distributed import run_distributed
 from tests.targets import VOCAB_SIZE, grouped, layout, make_target
 

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -16,30 +14,10 @@ from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config, DataConfig, ModelConfig
 from megatron_bliss.config.parse import dump_yaml, to_dict
 from megatron_bliss.config.settings import merged_settings
-from megatron_bliss.data.indexed import CorpusWriter
-from megatron_bliss.data.manifest import adopt_manifest
-from megatron_bliss.run.checks import check, check_layout, parse_arguments
+from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.run.options import TABLES, read_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*/config.yaml"))
-
-
-@pytest.fixture
-def prefix(tmp_path: Path) -> str:
-    """A corpus of one unit."""
-    path = str(tmp_path / "corpus")
-    with CorpusWriter(path, 300) as writer:
-        writer.add([1, 2, 3], [3])
-    adopt_manifest(path, {"kind": "bytes", "sha256": "0", "vocab_size": 257, "eod": 256})
-    return path
-
-
-@pytest.fixture
-def options(prefix: str) -> list[str]:
-    """The shortest command line that passes."""
-    data = [f"--data.{name}={prefix}" for name in ("train_prefix", "validation_prefix")]
-    models = ["--target.preset=pythia-14m", "--proxy.preset=pythia-14m"]
-    return ["--run_folder=run", *data, f"--data.test_prefixes=[{prefix}]", *models]
 
 
 def test_options_stand_over_the_file(options: list[str], tmp_path: Path) -> None:
@@ -119,64 +97,6 @@ def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[
     with pytest.raises(SystemExit):
         parse_arguments([*options, wrong])
     assert wrong.split("=")[0].split(".")[-1].lstrip("-") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("--run_folder=", "--run_folder"),
-        ("--arms=bliss,magic", "bliss, random"),
-        ("--rounds=0", "expected at least 1"),
-        ("--target.pretrained_checkpoint=gone", "target.pretrained_checkpoint 'gone', expected the folder of a model"),
-        ("--stage=select", "expected 1 to 4"),
-        ("--round=1", "without --stage"),
-        ("--selection.fraction=1.5", "selection.fraction"),
-        ("--bilevel.damping=-1", "bilevel.damping"),
-        ("--pretraining.train_iters=0", "pretraining.train_iters"),
-        ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),
-        ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
-        ("--data.test_prefixes=[]", "at least one held-out set"),
-        ("--target.preset=null", "target.preset"),
-        ("--baselines.mates.probe_units=19", "baselines.mates.probe_units 19, expected 20 or more"),
-        ("--baselines.mates.regressor_iters=0", "baselines.mates.regressor_iters 0, expected 1 or more"),
-        ("--baselines.mates.lr=-1", "baselines.mates.lr -1.0, expected 0 or more"),
-        ("--evaluation.tasks=[sciq]", "evaluation.data_dir ''"),
-    ],
-)
-def test_impossible_combinations_say_what_to_change(change: str, message: str, options: list[str]) -> None:
-    name = change.split("=")[0]
-    with pytest.raises(ValueError, match=message):
-        parse_arguments([*[o for o in options if o.split("=")[0] != name], change])
-
-
-def test_selection_by_domain_and_shards_by_file_need_a_provenance(options: list[str], prefix: str) -> None:
-    changes = (["--data.shard_by=file"], ["--selection.policy=proportional"])
-    for change in changes:
-        with pytest.raises(ValueError, match="provenance.parquet does not exist"):
-            parse_arguments([*options, *change])
-    pq.write_table(pa.table({"file": ["a.jsonl"], "topic": ["prose"]}), f"{prefix}.provenance.parquet")
-    with pytest.raises(ValueError, match="no column 'domain', expected one of file, topic"):
-        parse_arguments([*options, *changes[1]])
-    parse_arguments([*options, *changes[0], *changes[1], "--selection.domain_field=topic"])
-
-
-def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Path) -> None:
-    other = str(tmp_path / "other")
-    with CorpusWriter(other, 300) as writer:
-        writer.add([1, 2, 3], [3])
-    adopt_manifest(other, {"kind": "bytes", "sha256": "1", "vocab_size": 257, "eod": 256})
-    with pytest.raises(ValueError, match="same --tokenizer-type"):
-        parse_arguments([*options, f"--data.validation_prefix={other}"])
-
-
-def test_batches_that_ranks_cannot_share_are_refused(options: list[str]) -> None:
-    config = parse_arguments(options)
-    check(config)
-    assert check_layout(config, world_size=4, data_parallel_size=2) == []
-    with pytest.raises(ValueError, match="pretraining.global_batch_size 512, expected a multiple of"):
-        check_layout(config, world_size=3, data_parallel_size=3)
-    warnings = check_layout(config, world_size=64, data_parallel_size=2)
-    assert any("bilevel.global_batch_size 32 on 64 ranks leaves 32 of them without a sample" in w for w in warnings)
 
 
 def test_every_option_has_a_line_of_help(capsys) -> None:

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
@@ -53,3 +56,38 @@ def documents(count: int, seed: int = 0) -> list[dict]:
         }
         for number in range(count)
     ]
+
+
+def write_named_units(prefix, count=40, seed=3):
+    """A corpus whose unit u holds only the token u + 1; returns the lengths."""
+    lengths = np.random.default_rng(seed).integers(3, 12, count)
+    with CorpusWriter(prefix, 1000) as writer:
+        writer.add(np.repeat(np.arange(1, count + 1), lengths), lengths)
+    adopt_manifest(prefix, None)
+    return lengths
+
+
+class StubTokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size, eod, pad = 1000, 0, -1
+    unique_identifiers = {"kind": "stub"}
+
+
+def gpt_dataset(prefix, cache, num_samples, sequence_length=8):
+    """Stock megatron-core dataset over one prefix."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=sequence_length,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=StubTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(str(prefix))
+    indices = np.arange(len(indexed), dtype=np.int32)
+    return GPTDataset(indexed, str(prefix), indices, num_samples, Split.train, config)

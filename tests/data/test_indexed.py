@@ -32,7 +32,7 @@ def test_files_are_those_of_megatron_core(tmp_path, vocab_size):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
-def test_read_back_here_and_in_megatron_core(tmp_path):
+def test_units_are_read_back_here_and_in_megatron_core(tmp_path):
     tokens = write_corpus(tmp_path / "X", LENGTHS)
     corpus, theirs = IndexedCorpus(tmp_path / "X"), IndexedDataset(str(tmp_path / "X"))
     units = np.split(tokens, np.cumsum(LENGTHS)[:-1])
@@ -61,7 +61,7 @@ def test_gather_equals_one_by_one(tmp_path):
         corpus[-1]
 
 
-def test_blocks_of_a_long_index(tmp_path, monkeypatch):
+def test_an_index_written_and_read_in_blocks_is_the_same(tmp_path, monkeypatch):
     write_corpus(tmp_path / "whole", LENGTHS * 3)
     monkeypatch.setattr("megatron_bliss.data.indexed.BLOCK", 4)
     monkeypatch.setattr("megatron_bliss.data.indexed.blocks.__defaults__", (4,))
@@ -84,7 +84,7 @@ def test_blocks_of_a_long_index(tmp_path, monkeypatch):
         ({"documents": 2**61}, "document entries"),
     ],
 )
-def test_hostile_headers(tmp_path, changes, message):
+def test_hostile_headers_are_refused(tmp_path, changes, message):
     write_corpus(tmp_path / "X", LENGTHS)
     index_with(tmp_path / "X.idx", **changes)
     with pytest.raises(ValueError, match=message):
@@ -104,7 +104,7 @@ def test_hostile_headers(tmp_path, changes, message):
         (HEADER.size + 12 * 6 + 48, "<q", 7, "documents from 0 to 7"),
     ],
 )
-def test_hostile_arrays(tmp_path, offset, format, value, message):
+def test_hostile_lengths_pointers_and_documents_are_refused(tmp_path, offset, format, value, message):
     write_corpus(tmp_path / "X", LENGTHS)
     data = bytearray((tmp_path / "X.idx").read_bytes())
     struct.pack_into(format, data, offset, value)
@@ -114,7 +114,7 @@ def test_hostile_arrays(tmp_path, offset, format, value, message):
 
 
 @pytest.mark.parametrize("keep", [0, 5, HEADER.size - 1, HEADER.size, HEADER.size + 10, -1])
-def test_truncated_index(tmp_path, keep):
+def test_a_truncated_index_is_refused(tmp_path, keep):
     write_corpus(tmp_path / "X", LENGTHS)
     (tmp_path / "X.idx").write_bytes((tmp_path / "X.idx").read_bytes()[:keep])
     with pytest.raises(ValueError, match="X.idx is not a usable index: .* bytes"):
@@ -122,14 +122,14 @@ def test_truncated_index(tmp_path, keep):
 
 
 @pytest.mark.parametrize("keep, message", [(-2, "truncated"), (-1, "multiple of 2"), (0, "truncated")])
-def test_truncated_tokens(tmp_path, keep, message):
+def test_truncated_tokens_are_refused(tmp_path, keep, message):
     write_corpus(tmp_path / "X", LENGTHS)
     (tmp_path / "X.bin").write_bytes((tmp_path / "X.bin").read_bytes()[:keep])
     with pytest.raises(ValueError, match=message):
         IndexedCorpus(tmp_path / "X")
 
 
-def test_missing_files(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="X.idx does not exist"):
         IndexedCorpus(tmp_path / "X")
     write_corpus(tmp_path / "X", LENGTHS)
@@ -170,7 +170,7 @@ def test_the_writer_refuses_wrong_units_and_leaves_nothing(tmp_path, tokens, len
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_writers_of_one_name(tmp_path):
+def test_a_second_writer_of_one_name_is_refused(tmp_path):
     with CorpusWriter(tmp_path / "X", 300) as writer:
         writer.add(np.array([1]), np.array([1]))
         with pytest.raises(ValueError, match="written by another process"):

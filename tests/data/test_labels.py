@@ -59,7 +59,7 @@ ITEMS = [
 @pytest.mark.parametrize(
     "item, context, answer", ITEMS, ids=lambda value: " ".join(value) if type(value) is dict else ""
 )
-def test_items_of_tasks(item, context, answer):
+def test_items_of_every_task_are_context_and_answer(item, context, answer):
     assert context_and_answer(item) == (context, answer)
 
 
@@ -77,7 +77,7 @@ def test_items_of_tasks(item, context, answer):
         ({"text": 7}, "text are not what they should be"),
     ],
 )
-def test_items_that_cannot_be_used(item, message):
+def test_items_that_cannot_be_used_are_named(item, message):
     with pytest.raises(BadLine, match=message):
         context_and_answer(item)
 
@@ -146,7 +146,7 @@ def test_mixtures_have_the_shares_that_were_asked_for(tmp_path):
         ({"label": "first"}, "label is 'first', expected last-word, answer, all"),
     ],
 )
-def test_mixtures_that_cannot_be(tmp_path, changes, message):
+def test_mixtures_that_cannot_be_are_refused_and_leave_nothing(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         mixture(tmp_path, "V", **changes)
     assert not list(tmp_path.glob("V.bin")) and not list(tmp_path.glob("*.tmp"))

@@ -31,7 +31,7 @@ def random_corpus(prefix, count, seed, **options):
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 16])
-def test_whole_corpora_and_scattered_subsets_one_after_the_other(tmp_path, monkeypatch, piece):
+def test_corpora_and_subsets_merge_one_after_the_other(tmp_path, monkeypatch, piece):
     monkeypatch.setattr("megatron_bliss.data.copying.PIECE_BYTES", piece)  # 16: the kernel copies most of it
     first, second = random_corpus(tmp_path / "A", 40, 1), random_corpus(tmp_path / "B", 30, 2)
     subset = write_subset(second, [3, 4, 5, 11, 29], tmp_path / "run", label="top")
@@ -113,7 +113,7 @@ def test_provenance_and_sources_are_merged(tmp_path):
     assert rows[3]["domain"] == "river" and len(rows) == 9
 
 
-def test_what_cannot_be_merged(tmp_path, capsys):
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path, capsys):
     first, other_ids = random_corpus(tmp_path / "A", 5, 1), random_corpus(tmp_path / "B", 5, 2, vocab_size=50_000)
     wide = random_corpus(tmp_path / "C", 5, 3, vocab_size=70_000)
     unknown = random_corpus(tmp_path / "D", 5, 4)

@@ -9,7 +9,7 @@ from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.data.merge import merge_corpora
 from megatron_bliss.data.subset import root_units, write_subset
 from megatron_bliss.selection.policies import POLICIES
-from tests.data.test_subset import gpt_dataset, write_named_units
+from tests.data.corpora import gpt_dataset, write_named_units
 
 SEQUENCE = 8
 

@@ -7,53 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
 
-from megatron_bliss.data.compare import shares_of
-from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
-from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.manifest import adopt_manifest, check_same_tokenizer, corpus_digest, read_manifest
-from megatron_bliss.data.provenance import provenance_codes, read_provenance
+from megatron_bliss.data.indexed import IndexedCorpus
+from megatron_bliss.data.manifest import check_same_tokenizer, corpus_digest, read_manifest
+from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import root_prefix, root_units, write_subset
 from megatron_bliss.data.verify import verify_corpus
-from tests.data.corpora import write_corpus, write_lines
-
-
-class StubTokenizer:
-    """What GPTDataset asks of a tokenizer."""
-
-    vocab_size, eod, pad = 1000, 0, -1
-    unique_identifiers = {"kind": "stub"}
-
-
-def gpt_dataset(prefix, cache, num_samples, sequence_length=8):
-    """Stock megatron-core dataset over one prefix."""
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=sequence_length,
-        blend=([str(prefix)], None),
-        split="1,0,0",
-        path_to_cache=str(cache),
-        tokenizer=StubTokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    indexed = IndexedDataset(str(prefix))
-    indices = np.arange(len(indexed), dtype=np.int32)
-    return GPTDataset(indexed, str(prefix), indices, num_samples, Split.train, config)
-
-
-def write_named_units(prefix, count=40, seed=3):
-    """A corpus whose unit u holds only the token u + 1; returns the lengths."""
-    lengths = np.random.default_rng(seed).integers(3, 12, count)
-    with CorpusWriter(prefix, 1000) as writer:
-        writer.add(np.repeat(np.arange(1, count + 1), lengths), lengths)
-    adopt_manifest(prefix, None)
-    return lengths
+from tests.data.corpora import write_corpus
 
 
 def test_a_subset_of_a_subset_holds_exactly_the_chosen_units(tmp_path):
@@ -81,7 +42,7 @@ def test_a_subset_of_a_subset_holds_exactly_the_chosen_units(tmp_path):
     np.testing.assert_array_equal(IndexedCorpus(selection).document_indices, np.arange(5))
 
 
-def test_everything_can_move_together(tmp_path):
+def test_a_corpus_and_its_subsets_can_move_together(tmp_path):
     write_corpus(tmp_path / "a/X", [3, 4, 5])
     prefix = write_subset(tmp_path / "a/X", [0, 2], tmp_path / "a/run", label="top")
     shutil.move(tmp_path / "a", tmp_path / "b")
@@ -90,7 +51,7 @@ def test_everything_can_move_together(tmp_path):
     assert root_prefix(moved) == str(tmp_path / "b/X")
 
 
-def test_names_say_what_is_inside(tmp_path):
+def test_names_of_subsets_say_what_is_inside(tmp_path):
     write_corpus(tmp_path / "X", [2, 2, 2, 2])
     first = write_subset(tmp_path / "X", [0, 1], tmp_path, label="top")
     written = os.stat(f"{first}.idx").st_mtime_ns
@@ -117,7 +78,7 @@ def test_equal_lengths_do_not_make_equal_corpora(tmp_path):
     "ids, message",
     [([], "no unit"), ([0, 4], "expected 0 to 3"), ([-1], "expected 0 to 3"), ([1, 2, 1], "unit 1 .* twice")],
 )
-def test_wrong_ids(tmp_path, ids, message):
+def test_unit_numbers_that_are_not_there_or_repeat_are_refused(tmp_path, ids, message):
     write_corpus(tmp_path / "X", [2, 2, 2, 2])
     with pytest.raises(ValueError, match=message):
         write_subset(tmp_path / "X", ids, tmp_path, label="top")
@@ -148,7 +109,7 @@ def test_corpora_without_manifest_or_provenance_say_so(tmp_path):
         read_manifest(tmp_path / "X")
 
 
-def test_tokenizers_of_two_corpora(tmp_path):
+def test_corpora_of_two_tokenizers_are_told_apart(tmp_path):
     write_corpus(tmp_path / "A", [2, 2], 1000)
     write_corpus(tmp_path / "B", [2], 1000)
     write_corpus(tmp_path / "C", [2], 1001)
@@ -183,23 +144,3 @@ def test_large_indexes_are_read_in_blocks(tmp_path, monkeypatch):
     for suffix in (".idx", ".units.npy"):
         assert Path(at_once + suffix).read_bytes() == Path(in_blocks + suffix).read_bytes()
     verify_corpus(in_blocks)
-
-
-def test_provenance_as_numbers(tmp_path):
-    domains = ["b", "a", "a", None, "b", "a"]
-    rows = [{"text": f"text {n}", **({"domain": domain} if domain else {})} for n, domain in enumerate(domains)]
-    source = write_lines(tmp_path / "a.jsonl", rows)
-    preprocess(PreprocessSettings(inputs=[source], output_prefix=str(tmp_path / "X"), tokenizer_type="bytes"))
-    for prefix, ids in (
-        (str(tmp_path / "X"), np.arange(6)),
-        (write_subset(tmp_path / "X", [2, 3, 4], tmp_path, label="some"), np.array([2, 3, 4])),
-    ):
-        codes, names = provenance_codes(prefix, "domain")
-        assert [names[code] for code in codes] == [domains[unit] or "unknown" for unit in ids]
-    assert shares_of(prefix) == {"a": 1 / 3, "b": 1 / 3, "unknown": 1 / 3} and shares_of(prefix, "format") == {}
-    with pytest.raises(ValueError, match="no column 'colour', expected one of file, line"):
-        provenance_codes(prefix, "colour")
-    write_corpus(tmp_path / "Y", [2, 2])
-    assert shares_of(tmp_path / "Y") == {}
-    with pytest.raises(ValueError, match="so no unit's domain is known"):
-        provenance_codes(tmp_path / "Y", "domain")

@@ -52,7 +52,7 @@ def read(path):
     return [json.loads(line) for line in gzip.open(path)]
 
 
-def test_files_and_their_record(settings, tmp_path):
+def test_the_record_says_what_the_files_hold(settings, tmp_path):
     record = make_text_tasks(settings)
     out = tmp_path / "out"
     assert record == json.loads((out / "held.tasks.json").read_text())

@@ -12,7 +12,7 @@ KINDS = ("huggingface", "sentencepiece", "bytes")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_comes_back(tokenizer_files, kind):
+def test_text_comes_back_from_its_tokens(tokenizer_files, kind):
     tokenizer = load_tokenizer(kind, tokenizer_files[kind])
     texts = [*PASSAGES, "tabs\tand  spaces\nand lines\n\n", "日本 🙂"]
     encoded = tokenizer.encode_batch(texts)
@@ -38,13 +38,13 @@ def test_bytes_need_no_file():
     assert tokenizer.decode([97, 195, 256]) == "a\ufffd"
 
 
-def test_megatrons_names_for_the_kinds(tokenizer_files):
+def test_megatrons_names_for_the_kinds_are_understood(tokenizer_files):
     pairs = [("HuggingFaceTokenizer", "huggingface"), ("GPTSentencePieceTokenizer", "sentencepiece")]
     for name, kind in pairs:
         assert load_tokenizer(name, tokenizer_files[kind]).kind == kind
 
 
-def test_a_folder_with_a_tokenizer_json(tokenizer_files, tmp_path):
+def test_a_folder_with_a_tokenizer_json_is_a_tokenizer(tokenizer_files, tmp_path):
     shutil.copy(tokenizer_files["huggingface"], tmp_path / "tokenizer.json")
     assert load_tokenizer("huggingface", tmp_path).vocab_size == 400
 
@@ -78,7 +78,7 @@ def test_errors_say_what_to_change(tokenizer_files, tmp_path):
             load_tokenizer(kind, path, eod_token="<absent>")
 
 
-def test_a_file_without_any_eod(tokenizer_files, tmp_path):
+def test_a_file_without_an_end_of_document_token_says_what_it_has(tokenizer_files, tmp_path):
     content = Path(tokenizer_files["huggingface"]).read_text().replace("<|endoftext|>", "<|other|>")
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=r"looked for <\|endoftext\|>.*its special tokens are <\|other\|>"):
@@ -94,7 +94,7 @@ def test_training_again_gives_the_same_file(tokenizer_files, tmp_path):
         assert (tmp_path / kind).read_bytes() == Path(tokenizer_files[kind]).read_bytes()
 
 
-def test_training_refuses_what_cannot_be(tokenizer_files, tmp_path, capsys):
+def test_a_vocabulary_that_cannot_be_trained_is_refused(tokenizer_files, tmp_path, capsys):
     source = tokenizer_files["huggingface"].replace("bpe.json", "text.jsonl")
     options = ["--input", source, "--output", str(tmp_path / "t"), "--tokenizer-type", "sentencepiece"]
     assert train_tokenizer.main([*options, "--vocab-size", "100"]) == 1

@@ -43,7 +43,7 @@ def test_the_label_is_the_last_word_and_the_context_the_rest(tmp_path, tokenizer
         assert not tokenizer.decode(tokens[row, labelled[1:]]).endswith(word)
 
 
-def test_all_tokens_but_the_first_of_each_piece(tmp_path):
+def test_label_all_is_every_token_but_the_first_of_a_piece(tmp_path):
     validation = make(tmp_path, [{"text": "x" * 20}, {"text": "y" * 9}], label="all", max_length=8)
     assert IndexedCorpus(tmp_path / "V").lengths.tolist() == [8, 8, 4, 8]  # the ninth y alone predicts nothing
     tokens, mask, lengths = validation.gather(np.arange(4), 8)
@@ -72,7 +72,7 @@ def test_splits_interleave_and_cover(tmp_path):
     assert sorted(parts) == sorted(record["text"] for record in records)
 
 
-def test_passages_that_cannot_be_used(tmp_path):
+def test_passages_that_cannot_be_used_are_set_aside_up_to_the_limit(tmp_path):
     records = [{"text": "word"}, {"text": ""}, b"{", {"text": "a " + "long" * 10}, {"text": "fine passage"}]
     validation = make(tmp_path, records, max_length=16, max_bad_fraction=0.8)
     assert len(validation) == 1 and validation.manifest["counts"]["rejected"] == 4
@@ -90,7 +90,7 @@ def test_a_corpus_is_no_validation_set(tmp_path):
         ValidationCorpus(tmp_path / "X")
 
 
-def test_labels_of_another_set(tmp_path):
+def test_labels_of_another_set_are_refused(tmp_path):
     make(tmp_path, [{"text": "one two"}])
     np.save(tmp_path / "V.labels.npy", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match=r"holds uint8\[3\], expected uint8\[7\]"):
@@ -100,7 +100,7 @@ def test_labels_of_another_set(tmp_path):
         ValidationCorpus(tmp_path / "V")
 
 
-def test_settings_and_splits():
+def test_impossible_settings_say_which_option_to_change():
     assert parse_split("2/3") == (2, 3)
     for text in ("0/2", "3/2", "2", "a/b", "1/2/3"):
         with pytest.raises(ValueError, match="--split"):
@@ -110,7 +110,7 @@ def test_settings_and_splits():
             ValidationSettings(inputs=[], output_prefix="V", tokenizer_type="bytes", **changes)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_says_what_it_made_and_refuses_another_split(tmp_path, capsys):
     source = write_lines(tmp_path / "v.jsonl.gz", [{"text": text} for text in PASSAGES])
     options = ["--input", source, "--output-prefix", str(tmp_path / "V"), "--tokenizer-type", "bytes"]
     assert command.main([*options, "--split", "1/2"]) == 0

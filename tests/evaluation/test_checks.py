@@ -34,7 +34,7 @@ def config(folder) -> EvaluationConfig:
     return EvaluationConfig(tasks=["a", "b"], data_dir=str(folder))
 
 
-def test_what_is_there_passes(folder, config):
+def test_a_run_that_has_what_it_needs_passes(folder, config):
     checks.check_evaluation(config, str(folder / "pool"))
     checks.check_evaluation(config, str(folder / "bytes"))
     assert checks.load_evaluation_tokenizer(None, str(folder / "pool")).vocab_size == 300
@@ -49,7 +49,6 @@ def test_what_is_there_passes(folder, config):
         ({"tasks": ["a", "a"]}, "found evaluation.tasks a, a, expected different names"),
         ({"tasks": ["average"]}, "none of them 'average'"),
         ({"data_dir": ""}, "found evaluation.data_dir '', expected a folder with the data files of a, b"),
-        ({"limit": -1}, "found evaluation.limit -1, expected a number of items"),
         ({"tokenizer_model": "/nowhere/t.json"}, "no file /nowhere/t.json, .*set evaluation.tokenizer_model"),
     ],
 )
@@ -65,7 +64,7 @@ def test_another_tokenizer_is_refused(folder, config, tmp_path):
         checks.check_evaluation(replace(config, tokenizer_model=str(tmp_path / "bpe.json")), str(folder / "pool"))
 
 
-def test_without_lm_eval(folder, config, monkeypatch):
+def test_without_lm_eval_it_says_what_to_install(folder, config, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"no lm-eval, .*pip install 'megatron_bliss\[eval\]'"):
         checks.check_evaluation(config, str(folder / "pool"))

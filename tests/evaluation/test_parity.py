@@ -5,53 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
-from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout
-from megatron_bliss.models.huggingface import open_huggingface
-from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.evaluation import HuggingFaceModel, TargetModel
 from tests.evaluation import worlds
+from tests.evaluation.answers import (
+    TOLERANCE,
+    TRAINED,
+    as_requests,
+    assert_same_answers,
+    assert_same_results,
+    some_generations,
+    some_texts,
+)
 from tests.evaluation.conftest import World, huggingface_reference
 from tests.targets import grouped, layout
-
-TOLERANCE = 1e-3
-TRAINED = ("neox_trained", "llama_trained")
-
-
-def assert_same_answers(found: list, expected: list, tolerance: float = TOLERANCE) -> None:
-    difference = np.abs(np.array([a[0] for a in found]) - np.array([a[0] for a in expected]))
-    assert len(found) == len(expected) and difference.max() < tolerance, difference.max()
-    assert [a[1] for a in found] == [a[1] for a in expected]
-
-
-def assert_same_results(found: dict, expected: dict) -> None:
-    """Every accuracy and its error the same, perplexity but for rounding."""
-    assert list(found["tasks"]) == list(expected["tasks"])
-    for name, task in found["tasks"].items():
-        other = expected["tasks"][name]
-        assert task["metrics"].keys() == other["metrics"].keys()
-        for metric, value in task["metrics"].items():
-            assert value == pytest.approx(other["metrics"][metric], rel=1e-3 if metric == "perplexity" else 0), name
-        assert (task["value"], task["num_items"], task["data"]) == (other["value"], other["num_items"], other["data"])
-    assert found["average"] == expected["average"] and found["average_tasks"] == expected["average_tasks"]
-
-
-def as_requests(pairs: list) -> list[Instance]:
-    """lm-eval's requests of (context, continuation)."""
-    return [Instance("loglikelihood", {}, tuple(pair), 0) for pair in pairs]
-
-
-def some_generations(count: int = 5) -> list[Instance]:
-    words, options = worlds.Words(3), {"until": ["\n", "e "], "max_gen_toks": 9}
-    texts = [words.text(1, 30) for _ in range(count)]
-    return [Instance("generate_until", {}, (text, options), 0) for text in texts]
-
-
-def some_texts() -> list[Instance]:
-    words = worlds.Words(4)
-    return [Instance("loglikelihood_rolling", {}, (words.text(1, 60),), 0) for _ in range(6)]
 
 
 def check_model(model, world: World, name: str) -> None:
@@ -74,31 +42,22 @@ def test_there_is_something_to_get_wrong(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", worlds.MODELS)
-def test_target_in_one_process(world: World, name: str) -> None:
+def test_a_target_gives_lm_evals_answers(world: World, name: str) -> None:
     with grouped(layout()) as groups:
         check_model(worlds.target_model(world.models[name], layout(), groups), world, name)
 
 
-def proxy(folder, groups=None) -> ProxyModel:
-    """A model folder's weights as a proxy."""
-    arch, files = open_huggingface(folder)
-    lm = build_lm(arch)
-    lm.load_state_dict(dict(converted(files, huggingface_layout(arch), proxy_layout(arch))))
-    tokenizer = load_tokenizer("huggingface", folder)
-    return ProxyModel(lm, tokenizer, max_length=worlds.MAX_LENGTH, batch_tokens=200, groups=groups)
-
-
 @pytest.mark.parametrize("name", worlds.MODELS)
-def test_proxy_and_export(world: World, name: str) -> None:
+def test_a_proxy_and_an_export_give_lm_evals_answers(world: World, name: str) -> None:
     folder = world.models[name]
     exported = HuggingFaceModel(folder, batch_tokens=200)
     assert exported.max_length == worlds.MAX_LENGTH
     assert_same_answers(exported.loglikelihood(world.some), world.some_answers(name))
-    assert_same_answers(proxy(folder).loglikelihood(world.some), world.some_answers(name))
+    assert_same_answers(worlds.proxy_model(folder).loglikelihood(world.some), world.some_answers(name))
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_rolling_and_greedy_texts(world: World, name: str) -> None:
+def test_rolling_likelihoods_and_greedy_texts_are_lm_evals(world: World, name: str) -> None:
     reference = huggingface_reference(world.models[name], batch_size=1)
     with grouped(layout()) as groups:
         model = worlds.target_model(world.models[name], layout(), groups)
@@ -109,7 +68,7 @@ def test_rolling_and_greedy_texts(world: World, name: str) -> None:
     assert len(set(texts)) > 1
 
 
-def test_spaces_and_empty_contexts(world: World) -> None:
+def test_spaces_and_empty_contexts_are_cut_as_lm_eval_cuts_them(world: World) -> None:
     pairs = [("", "aa bb"), ("", "<|endoftext|>aa bb"), ("aa bb ", "cc"), ("aa bb  ", " cc dd"), ("aa", "b cc")]
     pairs += [("<|endoftext|>aa", " bb")]
     requests = as_requests(pairs)
@@ -123,7 +82,7 @@ def test_spaces_and_empty_contexts(world: World) -> None:
     assert abs(found[0][0] - found[-1][0]) > 1e-2
 
 
-def test_add_bos(world: World) -> None:
+def test_a_first_token_stands_before_every_text_where_the_tokenizer_puts_one(world: World) -> None:
     """A tokenizer that puts a first token before every text, as LLaMA's does."""
     from lm_eval.models.huggingface import HFLM
 

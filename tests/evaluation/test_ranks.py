@@ -10,17 +10,16 @@ from megatron_bliss.evaluation import evaluate_tasks
 from megatron_bliss.evaluation.vocabulary import VocabularyPart, predict
 from tests.distributed import run_distributed
 from tests.evaluation import worlds
-from tests.evaluation.conftest import World
-from tests.evaluation.test_parity import (
+from tests.evaluation.answers import (
     TOLERANCE,
     TRAINED,
     as_requests,
     assert_same_answers,
     assert_same_results,
-    proxy,
     some_generations,
     some_texts,
 )
+from tests.evaluation.conftest import World
 from tests.targets import grouped, layout
 
 LAYOUTS = {2: [(2, 1, False), (2, 1, True), (1, 2, False), (1, 1, False)], 4: [(2, 2, False)]}
@@ -48,7 +47,7 @@ def check_vocabulary(log_likelihoods: list[float], best: list[int]) -> None:
     assert best == logits.numpy().argmax(-1).tolist() and 2 in best and 9 not in best
 
 
-def test_whole_vocabulary() -> None:
+def test_likelihoods_are_those_of_a_softmax_over_the_vocabulary() -> None:
     weight, hidden, places, targets = vocabulary_problem()
     found = predict(VocabularyPart(weight), hidden, places, targets)
     check_vocabulary(found.log_likelihoods.tolist(), found.best.tolist())
@@ -65,7 +64,7 @@ def run_layouts(rank: int, size: int, layouts: list, folders: dict, data_dir, pa
             model = worlds.target_model(folders["llama_trained"], layout(*sizes), groups, BATCH_TOKENS)
             found[sizes] = answers, document, rolling, texts, worlds.recorded_run(model, data_dir, groups)
     with grouped(layout()) as groups:
-        found["proxy"] = proxy(folders["neox_trained"], groups).loglikelihood(requests)
+        found["proxy"] = worlds.proxy_model(folders["neox_trained"], groups).loglikelihood(requests)
         found["error"] = error_of_one_rank(rank, groups, data_dir)
     found["vocabulary"] = split_vocabulary(rank)
     return found
@@ -89,7 +88,7 @@ def split_vocabulary(rank: int) -> list[list]:
 
 
 @pytest.mark.parametrize("size", LAYOUTS)
-def test_target_in_parallel_layouts(world: World, size: int) -> None:
+def test_every_layout_gives_lm_evals_answers_on_every_rank(world: World, size: int) -> None:
     folders = {name: world.models[name] for name in TRAINED}
     pairs = [request.args for request in world.some]
     ranks = run_distributed(run_layouts, size, LAYOUTS[size], folders, world.data_dir, pairs)

@@ -6,26 +6,15 @@ import pytest
 
 from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.evaluation.results import Cell, best, cells, find_results, markdown, read_results, write_results
+from tests.results import result
 
 
-def result(values: dict[str, float], items: int = 400, **changes) -> dict:
-    tasks = {
-        name: {
-            "metric": "acc" if name == "boolq" else "acc_norm", "value": value, "stderr": 0.02, "num_items": items,
-            "metrics": {"acc": value}, "data": {"file": f"{name}.jsonl", "sha256": "0" * 64, "known": name != "mine"},
-        }
-        for name, value in values.items()
-    }  # fmt: skip
-    average = sum(values.values()) / len(values)
-    return {"format": 1, "lm_eval_version": "0.4.13", "tasks": tasks, "average": average,
-            "average_tasks": list(values), **changes}  # fmt: skip
-
-
-def test_cells_and_the_average_of_independent_tasks():
+def test_the_error_of_an_average_is_that_of_independent_tasks():
     row = cells(result({"sciq": 0.8, "boolq": 0.5}))
     assert row["sciq"] == Cell(0.8, 0.02) and list(row) == ["sciq", "boolq", "average"]
     assert row["average"].value == pytest.approx(0.65) and row["average"].stderr == pytest.approx(0.02 / math.sqrt(2))
-    assert [Cell(0.4344, 0.0158).text, Cell(0.5).text, Cell().text] == ["43.4 ± 1.6", "50.0", "-"]
+    texts = [Cell(0.4344, 0.0158).text, Cell(0.5, 0.0).text, Cell(0.5).text, Cell().text]
+    assert texts == ["43.4 ± 1.6", "50.0 ± 0.0", "50.0", "-"]
 
 
 def test_the_average_is_over_the_tasks_it_names():
@@ -33,13 +22,13 @@ def test_the_average_is_over_the_tasks_it_names():
     assert row["average"] == Cell(0.8, pytest.approx(0.02))
 
 
-def test_best_of_each_column():
+def test_the_best_of_a_column_is_marked_where_there_is_a_choice():
     rows = {"a": cells(result({"x": 0.5, "y": 0.2})), "b": cells(result({"x": 0.5, "z": 0.9}))}
     assert best(rows) == {("a", "x"), ("b", "x"), ("b", "average")}  # y and z stand alone
     assert best({"a": rows["a"]}) == set()
 
 
-def test_markdown_table():
+def test_the_table_marks_the_best_and_says_what_was_measured():
     text = markdown({"bliss": result({"sciq": 0.8, "boolq": 0.5}), "random|x": result({"sciq": 0.7, "boolq": 0.55})})
     lines = text.splitlines()
     assert lines[0] == "|  | sciq | boolq | average |" and lines[1] == "| --- | ---: | ---: | ---: |"
@@ -78,7 +67,7 @@ def test_results_are_found_where_they_lie(tmp_path):
         find_results(tmp_path)
 
 
-def test_files_and_back(tmp_path):
+def test_results_come_back_from_their_files_and_damaged_ones_are_refused(tmp_path):
     made = result({"sciq": 0.8})
     write_results(tmp_path, made, "step 100")
     assert read_results(tmp_path / "results.json") == made

@@ -111,7 +111,7 @@ def test_nan_weights_are_an_error(world: World) -> None:
             model.loglikelihood(world.some[:3])
 
 
-def test_what_is_refused(world: World) -> None:
+def test_requests_that_cannot_be_answered_are_refused(world: World) -> None:
     folder = world.models["neox_trained"]
     tokenizer = load_tokenizer("huggingface", folder)
     with grouped(layout()) as groups:
@@ -137,7 +137,7 @@ def test_other_families_are_left_to_lm_eval(world: World, tmp_path) -> None:
 
 
 def test_progress_is_shown_with_what_is_left(world: World, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_bliss.base.metrics.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("megatron_bliss.base.progress.SECONDS_BETWEEN_LINES", 0.0)
     with grouped(layout()) as groups:
         model = worlds.target_model(world.models["neox_trained"], layout(), groups)
         evaluate_tasks(model, ["cloze"], world.data_dir, show_progress=True)

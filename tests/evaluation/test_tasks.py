@@ -75,11 +75,11 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_both_spellings_are_one_row(name: str) -> None:
+def test_flat_and_nested_spellings_are_one_row(name: str) -> None:
     assert READERS[name](FLAT[name]) == READERS[name](NESTED[name])
 
 
-def test_last_word_and_choice(world: World) -> None:
+def test_tasks_of_ones_own_are_read_by_the_kind_in_their_name(world: World) -> None:
     _, (first, *_) = read_rows("cloze", world.data_dir)
     raw = orjson.loads(gzip.decompress((world.data_dir / "cloze.last_word.jsonl.gz").read_bytes()).splitlines()[0])
     assert first["context"] + first["word"] == raw["text"] and first["word"].count(" ") == 1

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from megatron_bliss.data.tokenizers import load_tokenizer
-from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks
+from megatron_bliss.evaluation import TASK_NAMES, ProxyModel, TargetModel, evaluate_tasks
 from megatron_bliss.evaluation.data_files import STEMS, read_task
 from megatron_bliss.evaluation.tasks import make_task, without_progress_bars
-from megatron_bliss.models.convert import huggingface_layout, reader, target_layout
+from megatron_bliss.models.convert import converted, huggingface_layout, proxy_layout, reader, target_layout
 from megatron_bliss.models.huggingface import open_huggingface
+from megatron_bliss.models.transformer import build_lm
 from megatron_bliss.target.model import build_target
 from megatron_bliss.target.weights import load_full_weights
 from tests.targets import LLAMA, NEOX
@@ -170,7 +171,7 @@ def save_model(folder: Path, tokenizer_folder: Path, family: str, *, train_steps
     """A Hugging Face model with its tokenizer, random or trained for some steps."""
     import transformers
 
-    from tests.models.test_convert import huggingface_config
+    from tests.huggingface import huggingface_config
 
     config = huggingface_config(ARCHITECTURES[family])
     config.max_position_embeddings = MAX_LENGTH
@@ -210,3 +211,12 @@ def target_model(folder: Path, config, groups, batch_tokens: int = 200, **option
     tokenizer = load_tokenizer("huggingface", folder)
     target = load_target(folder, config, groups)
     return TargetModel(target, groups, tokenizer, max_length=MAX_LENGTH, batch_tokens=batch_tokens, **options)
+
+
+def proxy_model(folder: Path, groups=None) -> ProxyModel:
+    """A model folder's weights as a proxy."""
+    arch, files = open_huggingface(folder)
+    lm = build_lm(arch)
+    lm.load_state_dict(dict(converted(files, huggingface_layout(arch), proxy_layout(arch))))
+    tokenizer = load_tokenizer("huggingface", folder)
+    return ProxyModel(lm, tokenizer, max_length=MAX_LENGTH, batch_tokens=200, groups=groups)

@@ -127,7 +127,7 @@ def test_slurm_starts_one_launcher_a_node_with_all_of_its_cores(tmp_path: Path) 
     assert words[0] == "node7" and words[-5:-1] == ["launch", "pythia_1b_c4", "--rounds", "2"]
 
 
-def test_settings_are_the_papers(prefix: str) -> None:
+def test_settings_are_those_of_the_paper(prefix: str) -> None:
     """Of optimiser, schedule, batch, bilevel stage and selection."""
     config = load("pythia_410m_c4", prefix)
     optimizer = config.pretraining.optimizer

@@ -63,6 +63,6 @@ def test_trunk_is_copied_not_shared():
         build_score_model(ScoreConfig(), architecture(layers=1), seed=0, trunk_from=lm)
 
 
-def test_unknown_activation():
+def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="change score.activation"):
         ScoreModel(architecture(), "tanh", 0.0, 0)

@@ -58,7 +58,7 @@ def test_logits_can_be_differentiated_twice(family):
     torch.testing.assert_close((sides[0] - sides[1]) / 2e-5, second, rtol=1e-5, atol=1e-5)
 
 
-def test_gpt_neox_block_by_hand():
+def test_a_gpt_neox_block_is_the_papers_formulas():
     """One head, one block, against the formulas of the paper written out."""
     arch = architecture("gpt_neox", heads=1, width=8, layers=1)
     model = build_lm(arch, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_rotary_angles_are_those_of_the_family():
     torch.testing.assert_close(turned[3, 2], 2 * cos[3, 0] + 0 * sin[3, 0])
 
 
-def test_same_seed_same_weights_and_residual_scale():
+def test_one_seed_gives_one_set_of_weights_at_the_papers_scale():
     first, second, other = (build_lm("pythia-14m", vocab_size=512, seed=seed) for seed in (1, 1, 2))
     for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (first, second, other)), strict=True):
         assert torch.equal(a, b)

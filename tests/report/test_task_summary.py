@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_bliss.evaluation.results import Cell
-from megatron_bliss.report.summary import build_summary, format_table
+from megatron_bliss.report.summary import build_summary
 from megatron_bliss.report.task_summary import (
     perplexity_curves,
     task_curves,
@@ -14,7 +14,8 @@ from megatron_bliss.report.task_summary import (
     task_speedup,
     task_speedup_sentence,
 )
-from tests.evaluation.test_results import result
+from megatron_bliss.report.text import format_table
+from tests.results import result
 
 
 def points(*values: float) -> list[dict]:
@@ -44,7 +45,7 @@ def test_curves_hold_tokens_value_and_error():
     assert perplexity_curves(RUN["bliss"]) == {"x": [[100, 50.0], [200, 49.0], [300, 48.0]]}
 
 
-def test_summary_and_its_json():
+def test_the_summary_holds_the_tasks_and_is_json():
     made = summary()
     assert made == json.loads(json.dumps(made))
     assert made["task_speedup"] == pytest.approx(300 / 175) == made["task_speedups"]["random"]

@@ -5,12 +5,10 @@ import re
 
 import pytest
 
-from megatron_bliss.evaluation.results import Cell
 from megatron_bliss.report.page import build_report
-from megatron_bliss.report.plots import Line, line_chart
 from megatron_bliss.report.summary import build_summary
-from tests.evaluation.test_results import result
-from tests.report.test_page import HOSTILE, Page, check_page, write_config
+from tests.report.run_folders import HOSTILE, check_page, write_config
+from tests.results import result
 
 
 def write_run(folder, values: dict[str, list[float]], **changes) -> None:
@@ -57,14 +55,14 @@ def test_arms_stand_side_by_side_in_each_round(tmp_path):
     assert "<script" not in source and HOSTILE[:25] in page.text  # names of tasks are text
 
 
-def test_one_arm_and_one_checkpoint(tmp_path):
+def test_one_checkpoint_of_one_arm_has_a_row_and_no_speed_up(tmp_path):
     write_run(tmp_path, {"bliss": [0.3]}, arms="bliss")
     source = build_report(tmp_path)
     check_page(source)
     assert rows(source)[0][:3] == ["warm-up", "bliss", "50"] and "fewer steps." not in source
 
 
-def test_tokens_where_steps_are_not_known(tmp_path):
+def test_tokens_stand_where_steps_are_not_known(tmp_path):
     write_run(tmp_path, {"bliss": [0.3, 0.4], "random": [0.3, 0.4]}, pretraining={})
     source = build_report(tmp_path)
     assert [row[:3] for row in rows(source)][1] == ["", "bliss", "153,600 tokens"]
@@ -84,11 +82,3 @@ def test_damaged_results_are_named(tmp_path, tasks):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = check_page(build_report(tmp_path))
     assert "summary.json: could not be read" in page.text
-
-
-def test_a_band_around_a_curve():
-    plain = line_chart([Line("a", [1, 2], [3.0, 4.0])], title="t", x_label="step")
-    banded = line_chart([Line("a", [1, 2], [3.0, 4.0], error=[0.5, 0.0])], title="t", x_label="step")
-    Page(banded)
-    assert banded.count("<path") > plain.count("<path") and "var(--series-1)" in banded
-    assert Cell(0.5, 0.0).text == "50.0 ± 0.0"

@@ -16,7 +16,7 @@ from megatron_bliss.data.subset import write_subset
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.select import apply_policy, check_selection, kept_share, repetition_warnings
 from tests.data.corpora import documents, write_lines
-from tests.run.test_rounds import corpus, run, write_texts  # noqa: F401 - corpus is a fixture
+from tests.runs import run, write_texts
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_what_a_plan_is_told_to_be_kept():
     assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0
 
 
-def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):  # noqa: F811 - the fixture
+def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):
     for number in range(3):
         write_texts(tmp_path / f"part{number}.jsonl", 30 + 10 * number, number)
     inputs = [str(tmp_path / f"part{number}.jsonl") for number in range(3)]

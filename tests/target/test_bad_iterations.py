@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from megatron_bliss.base import checkpoint
+from megatron_bliss.config.config import CheckpointConfig
 from megatron_bliss.target.sequences import MicroBatch, TrainingSequences
 from tests.distributed import run_distributed
-from tests.target.test_decay_branch import lines
-from tests.target.test_segment import written
-from tests.targets import PRETRAINING, VOCAB_SIZE, grouped, layout, make_corpus, train
+from tests.targets import (
+    PRETRAINING,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    logged,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+    written,
+)
 
 
 def not_finite(batch: MicroBatch) -> MicroBatch:
@@ -46,11 +56,12 @@ def state(folder: Path, step: int) -> tuple[str, ...]:
     return written(folder / "segment" / f"step_{step:08d}")
 
 
-def run(groups, prefix, folder, spoilt, monkeypatch, **changes):
+def run(groups, prefix, folder, spoilt, monkeypatch, **settings):
     monkeypatch.setattr(Poisoned, "spoilt", spoilt)
     monkeypatch.setattr("megatron_bliss.target.segment.TrainingSequences", Poisoned)
-    config = replace(PRETRAINING, on_nonfinite="skip", max_consecutive_skips=2, **changes)
-    return train(groups, layout(), prefix, folder, config=config, iterations=12, save_interval=1, keep=100)
+    config = replace(PRETRAINING, on_nonfinite="skip", max_consecutive_skips=2, **settings)
+    saving = CheckpointConfig(save_interval=1, keep=100)
+    return train(setup_of(groups), segment_of(prefix, 12), folder, config=config, saving=saving)
 
 
 def bad_iterations(rank: int, world_size: int, prefix: str, folder: str) -> dict:
@@ -63,7 +74,7 @@ def bad_iterations(rank: int, world_size: int, prefix: str, folder: str) -> dict
         found["untouched"] = [
             state(folder / "skip", step) == state(folder / "skip", step - 1) for step in (3, 4, 5, 6, 9, 10)
         ]
-        found["lines"] = lines(folder / "skip", groups)
+        found["lines"] = logged(folder / "skip", groups)
         with pytest.raises(RuntimeError) as error:  # goes on at 8, and dies of three bad iterations in a row at 11
             go(folder / "stop", {4: not_finite, 9: not_finite, 10: surprising, 11: not_finite}, **spikes)
         found["stop"] = str(error.value), checkpoint.latest(folder / "stop" / "segment").name
@@ -87,7 +98,7 @@ def test_poisoned_batches_change_nothing_on_any_rank(tmp_path):
         assert found["stop"][1] == "step_00000010"
         assert found["resumed"] and found["resumed skips"] == (3, 3)
         assert "expected at most 1.03 x" in found["spike"] and "at iteration 9" in found["spike"]
-    logged = outcomes[0]["lines"]
-    assert [entry["skipped_iterations"] for entry in logged if "loss" in entry] == [0] * 3 + [1] + [2] * 4 + [3] * 4
-    left_out = [entry for entry in logged if "left_out" in entry]
+    lines = outcomes[0]["lines"]
+    assert [entry["skipped_iterations"] for entry in lines if "loss" in entry] == [0] * 3 + [1] + [2] * 4 + [3] * 4
+    left_out = [entry for entry in lines if "left_out" in entry]
     assert [(entry["step"], entry["left_out"]) for entry in left_out] == [(4, 1.0), (5, 1.0), (9, 1.0)]

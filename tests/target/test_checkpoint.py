@@ -1,4 +1,4 @@
-"""Saved states and checkpoints come back as they were or not at all."""
+"""Checkpoints of the target come back as they were or not at all."""
 
 from __future__ import annotations
 
@@ -16,58 +16,13 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.base.parallel import barrier
+from megatron_bliss.config.config import CheckpointConfig
 from megatron_bliss.target import checkpoint as target_checkpoint
 from megatron_bliss.target import torch_dist
 from megatron_bliss.target.checkpoint import load_target_weights_from, save_target, start_save
 from megatron_bliss.target.model import Target
 from tests.distributed import run_distributed
-from tests.targets import grouped, layout, make_corpus, make_target, train
-
-STATE = {
-    "weight": torch.arange(1000.0).reshape(10, 100),
-    "half": torch.ones(3, dtype=torch.bfloat16),
-    "nested": {"numbers": [1, 2.5, None, True], "name": "proxy"},
-    "betas": (0.9, 0.95),
-}
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    checkpoint.save_state(tmp_path / "state.pt", STATE)
-    loaded = checkpoint.load_state(tmp_path / "state.pt")
-    assert torch.equal(loaded["weight"], STATE["weight"]) and loaded["half"].dtype == torch.bfloat16
-    assert loaded["nested"] == STATE["nested"] and loaded["betas"] == STATE["betas"]
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
-
-
-def test_every_kind_of_damage_is_noticed(tmp_path):
-    path = tmp_path / "state.pt"
-    checkpoint.save_state(path, STATE)
-    content = path.read_bytes()
-    middle = content.index(STATE["weight"][5].numpy().tobytes()) + 7  # inside the weight's numbers
-    damages = {
-        "truncated": content[: len(content) // 2],
-        "empty": b"",
-        "other": b"not a checkpoint",
-        "a bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-    }
-    for name, damaged in damages.items():
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="state.pt.*remove it"):
-            checkpoint.load_state(path)
-        assert path.read_bytes() == damaged, name
-    path.write_bytes(content)
-    assert torch.equal(checkpoint.load_state(path)["weight"], STATE["weight"])
-    with pytest.raises(ValueError, match="found no file"):
-        checkpoint.load_state(tmp_path / "missing.pt")
-
-
-def test_a_save_that_fails_leaves_the_old_state(tmp_path):
-    path = tmp_path / "state.pt"
-    checkpoint.save_state(path, {"step": 1})
-    with pytest.raises(Exception, match="pickle|local|lambda"):
-        checkpoint.save_state(path, {"step": 2, "function": lambda: None})
-    assert checkpoint.load_state(path) == {"step": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+from tests.targets import grouped, layout, make_corpus, make_target, segment_of, setup_of, train
 
 
 @pytest.fixture
@@ -321,17 +276,8 @@ def train_and_save(rank: int, world_size: int, prefix: str, folder: str) -> tupl
     outcomes = []
     with grouped(layout()) as groups:
         for name in ("synchronous", "asynchronous"):
-            is_async = name == "asynchronous"
-            result, entries = train(
-                groups,
-                layout(),
-                prefix,
-                Path(folder) / name,
-                save_interval=2,
-                keep=3,
-                async_save=is_async,
-                iterations=9,
-            )
+            saving = CheckpointConfig(save_interval=2, keep=3, async_save=name == "asynchronous")
+            result, entries = train(setup_of(groups), segment_of(prefix, 9), Path(folder) / name, saving=saving)
             saved = {path.name: digests(path) for path in result.checkpoint.parent.glob("step_*")}
             outcomes.append(([entry["loss"] for entry in entries], saved))
         write = torch_dist.Writer.write
@@ -343,9 +289,8 @@ def train_and_save(rank: int, world_size: int, prefix: str, folder: str) -> tupl
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="rank 1 .*No space left"):
             patch.setattr(torch_dist.Writer, "write", fail_on_the_last)
-            train(
-                groups, layout(), prefix, Path(folder) / "asynchronous", iterations=12, save_interval=2, async_save=True
-            )
+            saving = CheckpointConfig(save_interval=2, async_save=True)
+            train(setup_of(groups), segment_of(prefix, 12), Path(folder) / "asynchronous", saving=saving)
         path = checkpoint.latest(Path(folder) / "asynchronous" / "segment")
         outcomes.append(path.name)
         if groups.is_main:  # each file is looked at by one rank of the node; every rank learns what it found

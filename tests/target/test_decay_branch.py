@@ -9,65 +9,54 @@ from pathlib import Path
 import pytest
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.metrics import MetricsLogger, read_metrics
-from megatron_bliss.config.config import OptimizerConfig, PlatformConfig
+from megatron_bliss.base.metrics import MetricsLogger
+from megatron_bliss.config.config import CheckpointConfig, OptimizerConfig
 from megatron_bliss.target.decay_branch import train_decay_branch
-from megatron_bliss.target.log import MEASURED
+from megatron_bliss.target.segment import Recording
 from tests.distributed import run_distributed
-from tests.target.test_segment import evaluator, written
-from tests.targets import NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_corpus, train
+from tests.targets import (
+    LOGGING,
+    PRETRAINING,
+    evaluator,
+    grouped,
+    layout,
+    logged,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+    written,
+)
 
 CONFIG = replace(
     PRETRAINING,
-    decay_branch_iters=4,
     optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="constant", lr_warmup_iters=3),
 )
 
 
-def lines(folder: Path, groups) -> list[dict]:
-    kept = [entry for entry in read_metrics(folder / "metrics.jsonl")] if groups.is_main else []
-    return [{name: value for name, value in entry.items() if name not in ("time", *MEASURED)} for entry in kept]
-
-
-def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, **changes):
+def branch(groups, prefix: str, folder: Path, start: Path, first: int = 6, seed: int = 77, evaluate=None):
+    """Four iterations from the main line's checkpoint after ``first`` of its twelve."""
     metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
-    options = {
-        "config": CONFIG,
-        "start": start,
-        "first_iteration": first,
-        "total_iterations": 12,
-        "folder": folder / "branch",
-        "evaluate": evaluator(groups),
-        "target_config": layout(),
-        "architecture": NEOX,
-        "groups": groups,
-        "platform": PlatformConfig(),
-        "data_prefix": prefix,
-        "seq_length": SEQ_LENGTH,
-        "seed": 77,
-        "save_interval": 2,
-        "metrics": metrics,
-        "log_interval": 1,
-        "arm": "random",
-        "round": 1,
-    }
+    segment = replace(segment_of(prefix, first + 4, first=first, total=12, start=start), seed=seed)
+    saving, evaluate = CheckpointConfig(save_interval=2), evaluate or evaluator(groups)
+    recording = Recording(folder / "branch", saving, LOGGING, metrics, evaluate, arm="random", round=1)
     try:
-        return train_decay_branch(**{**options, **changes})
+        return train_decay_branch(setup_of(groups), CONFIG, segment, recording)
     finally:
         metrics.close()
 
 
 def main_line(groups, prefix: str, folder: Path, with_branches: bool) -> list:
     """Two segments of six iterations, with a branch after each or none."""
-    go = partial(train, groups, layout(), prefix, config=CONFIG, total_iterations=12, evaluate=evaluator(groups))
-    first, _ = go(folder / "first", iterations=6)
+    go = partial(train, setup_of(groups), config=CONFIG, evaluate=evaluator(groups))
+    first, _ = go(segment_of(prefix, 6, total=12), folder / "first")
     if with_branches:
         branch(groups, prefix, folder / "one", first.checkpoint)
-    second, _ = go(folder / "second", start=first.checkpoint, first_iteration=6, iterations=12)
+    second, _ = go(segment_of(prefix, 12, first=6, start=first.checkpoint), folder / "second")
     if with_branches:
         branch(groups, prefix, folder / "two", second.checkpoint, 12)
-    logged = [lines(folder / name, groups) for name in ("first", "second")]
-    return [first.evaluations, second.evaluations, logged, written(second.checkpoint)]
+    both = [logged(folder / name, groups) for name in ("first", "second")]
+    return [first.evaluations, second.evaluations, both, written(second.checkpoint)]
 
 
 def compare_main_lines(rank: int, world_size: int, prefix: str, folder: str) -> tuple[bool, int]:
@@ -80,8 +69,8 @@ def compare_main_lines(rank: int, world_size: int, prefix: str, folder: str) -> 
 def test_the_main_line_is_the_same_bit_for_bit_with_branches_and_without(tmp_path):
     prefix = make_corpus(tmp_path / "corpus")
     (tmp_path / "one").mkdir()
-    (same, logged) = compare_main_lines(0, 1, prefix, str(tmp_path / "one"))
-    assert same and logged >= 6
+    same, count = compare_main_lines(0, 1, prefix, str(tmp_path / "one"))
+    assert same and count >= 6
     outcomes = run_distributed(compare_main_lines, 2, prefix, str(tmp_path))
     assert [same for same, _ in outcomes] == [True, True] and outcomes[0][1] >= 6
 
@@ -97,18 +86,18 @@ def test_a_branch_falls_to_the_lowest_rate_and_goes_on_after_a_kill(tmp_path):
         raise Killed
 
     with grouped(layout()) as groups:
-        start = train(groups, layout(), prefix, tmp_path / "main", config=CONFIG, iterations=6)[0].checkpoint
+        start = train(setup_of(groups), segment_of(prefix, 6), tmp_path / "main", config=CONFIG)[0].checkpoint
         whole = branch(groups, prefix, tmp_path / "whole", start)
         with pytest.raises(Killed):
             branch(groups, prefix, tmp_path / "killed", start, evaluate=die)
         assert checkpoint.latest(tmp_path / "killed" / "branch").name == "step_00000008"
         resumed = branch(groups, prefix, tmp_path / "killed", start)
-        logged, logged_again = lines(tmp_path / "whole", groups), lines(tmp_path / "killed", groups)
+        lines, lines_again = logged(tmp_path / "whole", groups), logged(tmp_path / "killed", groups)
         other_order = branch(groups, prefix, tmp_path / "other", start, seed=78)
-    rates = [entry["lr"] for entry in logged if "lr" in entry]
+    rates = [entry["lr"] for entry in lines if "lr" in entry]
     assert rates == pytest.approx([1e-2 - 9e-3 * k / 4 for k in range(4)])
-    assert {entry["stage"] for entry in logged} == {"decay_branch"}
-    assert logged == logged_again and whole.evaluations == resumed.evaluations
+    assert {entry["stage"] for entry in lines} == {"decay_branch"}
+    assert lines == lines_again and whole.evaluations == resumed.evaluations
     assert [point[0] for point in whole.evaluations] == [10]
     assert other_order.evaluations != whole.evaluations
     assert whole.flops > 0 and whole.checkpoint == tmp_path / "whole" / "branch" / "step_00000010"

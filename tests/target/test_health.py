@@ -44,7 +44,7 @@ def reason_for(health: TrainingHealth, losses: list[float]) -> str:
 
 
 @pytest.mark.parametrize("action", ["warn", "skip", "stop"])
-def test_each_answer_to_a_spike(action):
+def test_a_spike_is_answered_as_the_option_says(action):
     health = TrainingHealth(replace(SPIKES, on_loss_spike=action))
     assert verdicts(health, [1.0, 1.0, 1.0, 2.0]) == ["update"] * 3 + [action]
     assert health.skipped == (action == "skip")

@@ -105,7 +105,7 @@ def test_logits_are_the_published_formula(architecture):
 
 
 @ARCHITECTURES
-def test_causality(architecture):
+def test_a_token_moves_no_logit_before_it(architecture):
     """Changing token t moves no logit before t, and does move those from t on."""
     with grouped(layout()) as groups:
         target = make_target(layout(), groups, architecture)

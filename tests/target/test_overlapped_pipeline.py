@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import build_target
-from megatron_bliss.target.segment import evaluate_loss
 from megatron_bliss.target.sequences import MicroBatch
 from megatron_bliss.target.trainer import TargetTrainer
 from tests.distributed import run_distributed

@@ -14,13 +14,25 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.bilevel.train import World
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.config import CheckpointConfig, PlatformConfig
 from megatron_bliss.models.loop import run_steps
-from megatron_bliss.target.segment import evaluate_loss, load_target
-from megatron_bliss.target.state import boxes
-from tests.bilevel.test_train import CONFIG, make_trainer
+from megatron_bliss.target.loss import evaluate_loss
+from megatron_bliss.target.setup import load_target
+from tests.bilevel.trainers import CONFIG, make_trainer
 from tests.distributed import run_distributed
-from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, grouped, layout, make_batches, make_corpus, train
+from tests.targets import (
+    LLAMA,
+    LOGGING,
+    NEOX,
+    PRETRAINING,
+    grouped,
+    layout,
+    make_batches,
+    make_corpus,
+    segment_of,
+    setup_of,
+    train,
+)
 
 SAVED, STOPPED, WHOLE = 6, 7, 12
 
@@ -40,29 +52,20 @@ def go_on(rank: int, world_size: int, prefix: str, cases: list[tuple]) -> list:
         config, platform = layout(tensor, pipeline), PlatformConfig(params_dtype=dtype)
         training = replace(PRETRAINING, use_distributed_optimizer=distributed_optimizer, eval_interval=STOPPED)
         with grouped(config, platform) as groups:
+            setup = setup_of(groups, config, architecture, platform)
             result, entries = train(
-                groups,
-                config,
-                prefix,
+                setup,
+                segment_of(prefix, WHOLE),
                 folder,
-                architecture=architecture,
-                platform=platform,
                 config=training,
-                iterations=WHOLE,
-                save_interval=SAVED,
-                log_interval=4,  # losses of two iterations are not logged yet where the checkpoint is written
+                saving=CheckpointConfig(save_interval=SAVED),
+                # Losses of two iterations are not logged yet where the checkpoint is written.
+                logging=replace(LOGGING, log_interval=4),
                 evaluate=partial(held_out, groups),
             )
-            target = load_target(
-                result.checkpoint,
-                target_config=config,
-                architecture=architecture,
-                groups=groups,
-                platform=platform,
-                seq_length=SEQ_LENGTH,
-            )
+            target = load_target(result.checkpoint, setup)
             losses = held_out(groups, target)
-        assert losses == result.evaluations[-1][2]  # as read back from disk, bit for bit
+        assert losses == result.evaluations[-1].losses  # as read back from disk, bit for bit
         outcomes.append((curve(entries), losses["held_out"]))
     return outcomes
 
@@ -156,14 +159,3 @@ def test_proxy_and_score_model_go_on_with_another_number_of_ranks(tmp_path):
     for values in found:
         for value, expected_value in zip(values, expected, strict=True):
             np.testing.assert_allclose(value, expected_value, rtol=0, atol=1e-10 * np.abs(expected_value).max())
-
-
-@pytest.mark.parametrize("shape", [(7,), (5, 4), (1, 6), (6, 1)])
-def test_boxes_are_the_elements_in_order(shape):
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    for start in range(whole.numel() + 1):
-        for stop in range(start, whole.numel() + 1):
-            found = boxes(start, stop, shape)
-            slices = [tuple(slice(o, o + n) for o, n in zip(*box, strict=True)) for box in found]
-            values = [value for box in slices for value in whole[box].flatten().tolist()]
-            assert values == list(range(start, stop)) and len(found) <= 3

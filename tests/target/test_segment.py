@@ -15,38 +15,38 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import barrier
-from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, TargetConfig
+from megatron_bliss.config.config import CheckpointConfig, OptimizerConfig, PlatformConfig, TargetConfig
 from megatron_bliss.target.checkpoint import save_target
-from megatron_bliss.target.log import MEASURED
+from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import last_hidden_states, output_weight
-from megatron_bliss.target.segment import evaluate_loss, load_target
-from megatron_bliss.target.trainer import kernel_name, squared_norm
+from megatron_bliss.target.setup import load_target
 from tests.distributed import run_distributed
 from tests.targets import (
     LLAMA,
+    LOGGING,
     NEOX,
     PRETRAINING,
     SEQ_LENGTH,
     VOCAB_SIZE,
+    evaluator,
     grouped,
     layout,
     make_batches,
     make_corpus,
     make_target,
+    segment_of,
+    setup_of,
     train,
+    without_times,
+    written,
 )
 
-TIMES = ("time", *MEASURED)
 STEPS = int(os.environ.get("CURVE_STEPS", "20"))
 """Iterations of the curves that are compared over layouts: CURVE_STEPS=50 pytest ... for longer ones."""
 
 
 def curve(entries: list[dict], name: str) -> np.ndarray:
     return np.array([entry[name] for entry in entries if name in entry])
-
-
-def evaluator(groups):
-    return lambda target: {"held_out": evaluate_loss(target, make_batches(), groups)}
 
 
 def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: list[tuple]) -> list[tuple]:
@@ -56,17 +56,14 @@ def run_layouts(rank: int, world_size: int, prefix: str, folder: str, cases: lis
         config = TargetConfig(**target)
         with grouped(config) as groups:
             result, entries = train(
-                groups,
-                config,
-                prefix,
+                setup_of(groups, config, architecture),
+                segment_of(prefix, STEPS),
                 Path(folder) / f"layout{world_size}_{number}",
-                architecture=architecture,
                 config=replace(PRETRAINING, **training),
+                saving=CheckpointConfig(save_interval=1000),
                 evaluate=evaluator(groups),
-                save_interval=1000,
-                iterations=STEPS,
             )
-            losses = [losses["held_out"] for _, _, losses in result.evaluations]
+            losses = [point.losses["held_out"] for point in result.evaluations]
         outcomes.append((curve(entries, "loss"), curve(entries, "grad_norm"), losses))
     return outcomes
 
@@ -155,19 +152,16 @@ def kill_at(iteration: int, groups):
     return evaluate
 
 
-def without_times(entries: list[dict]) -> list[dict]:
-    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
-
-
 def interrupt_and_resume(
-    rank: int, world_size: int, prefix: str, folder: str, config, platform, changes: dict | None = None
+    rank: int, world_size: int, prefix: str, folder: str, config, platform, architecture=NEOX, training=PRETRAINING
 ) -> tuple:
     """(uninterrupted, resumed) evaluations and metrics, and whether the saved states are the same bits."""
     runs = []
     with grouped(config, platform) as groups:
         for name in ("whole", "killed"):
-            start = partial(train, groups, config, prefix, Path(folder) / name, platform=platform, log_interval=3)
-            start = partial(start, **changes or {})
+            setup, logging = setup_of(groups, config, architecture, platform), replace(LOGGING, log_interval=3)
+            parts = (setup, segment_of(prefix), Path(folder) / name)
+            start = partial(train, *parts, config=training, logging=logging)
             if name == "killed":
                 with pytest.raises(Killed):
                     start(evaluate=kill_at(14, groups))
@@ -183,12 +177,6 @@ def interrupt_and_resume(
         same = len({written(result.checkpoint) for result in (whole, resumed)}) == 1
         leftovers = sorted(path.name for path in resumed.checkpoint.parent.glob(".*"))
     return whole.evaluations, resumed.evaluations, whole_entries, resumed_entries, same, leftovers
-
-
-def written(path: Path) -> tuple[str, ...]:
-    """Digests of a checkpoint's weights and optimizer state, as written by each rank."""
-    files = checkpoint.read_manifest(path)["files"]
-    return tuple(files[name]["sha256"] for name in sorted(files) if name.endswith(".distcp"))
 
 
 def check_resumed(outcome: tuple) -> None:
@@ -213,8 +201,8 @@ def resume_cases(rank: int, world_size: int, prefix: str, folder: str, cases: li
 def test_killed_runs_on_two_ranks_go_on_bit_for_bit(prefix, tmp_path):
     """bf16 over data-parallel ranks whose weights are gathered late, and an interleaved pipeline."""
     cases = [
-        (layout(), PlatformConfig(params_dtype="bf16"), {"config": replace(PRETRAINING, **OVERLAPPED)}),
-        (TargetConfig(**INTERLEAVED), PlatformConfig(), {"architecture": LLAMA_4}),
+        (layout(), PlatformConfig(params_dtype="bf16"), NEOX, replace(PRETRAINING, **OVERLAPPED)),
+        (TargetConfig(**INTERLEAVED), PlatformConfig(), LLAMA_4),
     ]
     ranks = run_distributed(resume_cases, 2, prefix, str(tmp_path), cases)
     for number, outcome in enumerate(ranks[0]):
@@ -222,59 +210,29 @@ def test_killed_runs_on_two_ranks_go_on_bit_for_bit(prefix, tmp_path):
         assert all(rank[number][4] for rank in ranks)
 
 
-def test_a_gradients_norm_does_not_depend_on_its_size():
-    """torch's fp32 norm of so many elements is 1e-3 off, megatron-core's for an embedding's few large rows 4e-4."""
-    gradient = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
-    gradient[::100_000] = 1000.0
-    exact = gradient.double().square().sum().item()
-    assert squared_norm(gradient).dtype == torch.float64
-    assert squared_norm(gradient).item() == pytest.approx(exact, rel=5e-6)
-    assert squared_norm(gradient.view(-1, 1)[: 2 * 10**6].view(1000, -1).t()).item() == pytest.approx(
-        gradient[: 2 * 10**6].double().square().sum().item(), rel=5e-6
-    )
-    gradient[-1] = torch.nan
-    assert math.isnan(squared_norm(gradient).item())
-
-
-def test_kernels_are_named():
-    class FusedAdam(torch.optim.AdamW):
-        __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
-
-    weights = [torch.nn.Parameter(torch.zeros(2))]
-    assert kernel_name(torch.optim.AdamW(weights)) == "torch AdamW"
-    assert kernel_name(torch.optim.AdamW(weights, fused=True)) == "torch AdamW (fused)"
-    assert kernel_name(FusedAdam(weights)) == "transformer_engine FusedAdam"
-
-
 def test_a_finished_segment_is_not_trained_again(prefix, tmp_path):
     with grouped(layout()) as groups:
-        first, entries = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
-        again, entries_again = train(groups, layout(), prefix, tmp_path, evaluate=evaluator(groups), iterations=6)
+        go = partial(train, setup_of(groups), segment_of(prefix, 6), tmp_path, evaluate=evaluator(groups))
+        first, entries = go()
+        again, entries_again = go()
     assert again.evaluations == first.evaluations and entries_again == entries
-    assert again.tokens == 6 * 8 * SEQ_LENGTH == first.tokens and again.flops == first.flops > 0
+    assert again.evaluations[-1].tokens == 6 * 8 * SEQ_LENGTH and again.flops == first.flops > 0
 
 
-def test_segments_follow_each_other(prefix, tmp_path):
+def test_a_segment_goes_on_where_the_one_before_ended(prefix, tmp_path):
     """Warm-up and a second segment on the same schedule; the second one's data begin anew."""
     with grouped(layout()) as groups:
-        warmup, _ = train(groups, layout(), prefix, tmp_path / "a", iterations=6, total_iterations=12)
-        go_on = partial(train, groups, layout(), prefix, start=warmup.checkpoint, first_iteration=6, iterations=12)
-        second, entries = go_on(tmp_path / "b", evaluate=evaluator(groups))
-        twin, twin_entries = go_on(tmp_path / "c", evaluate=evaluator(groups))
+        setup = setup_of(groups)
+        warmup, _ = train(setup, segment_of(prefix, 6, total=12), tmp_path / "a")
+        segment = segment_of(prefix, 12, first=6, start=warmup.checkpoint)
+        second, entries = train(setup, segment, tmp_path / "b", evaluate=evaluator(groups))
+        twin, twin_entries = train(setup, segment, tmp_path / "c", evaluate=evaluator(groups))
         with pytest.raises(ValueError, match="found iteration 6 in checkpoint .*, expected 7"):
-            train(groups, layout(), prefix, tmp_path / "d", start=warmup.checkpoint, first_iteration=7, iterations=12)
-        target = load_target(
-            second.checkpoint,
-            target_config=layout(),
-            architecture=NEOX,
-            groups=groups,
-            platform=PlatformConfig(),
-            seq_length=SEQ_LENGTH,
-        )
-        loss = evaluate_loss(target, make_batches(), groups)
+            train(setup, replace(segment, first_iteration=7), tmp_path / "d")
+        loss = evaluate_loss(load_target(second.checkpoint, setup), make_batches(), groups)
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 7))
     assert curve(entries, "lr")[0] < 1e-2 and curve(entries, "lr")[-1] < curve(entries, "lr")[0]  # cosine, not warm-up
-    assert second.evaluations[-1] == [12, 12 * 8 * SEQ_LENGTH, {"held_out": loss}]
+    assert second.evaluations[-1] == (12, 12 * 8 * SEQ_LENGTH, {"held_out": loss})
     assert twin.evaluations == second.evaluations  # two segments of one process share nothing
     assert without_times(twin_entries) == without_times(entries)
 
@@ -299,7 +257,7 @@ def diverge(rank: int, world_size: int, prefix: str, folder: str) -> tuple[str, 
     config = layout(tensor=world_size)
     training = replace(PRETRAINING, optimizer=OptimizerConfig(lr=1e30, clip_grad=0.0))
     with grouped(config) as groups, pytest.raises(RuntimeError) as error:
-        train(groups, config, prefix, Path(folder) / "run", config=training)
+        train(setup_of(groups, config), segment_of(prefix), Path(folder) / "run", config=training)
     return str(error.value), checkpoint.latest(Path(folder) / "run" / "segment") is None
 
 
@@ -310,84 +268,86 @@ def test_a_loss_that_is_not_finite_stops_every_rank(prefix, tmp_path):
         assert nothing_saved
 
 
+def optimizer(**changes) -> dict:
+    return {"optimizer": replace(PRETRAINING.optimizer, **changes)}
+
+
 @pytest.mark.parametrize(
-    "changes, message",
+    "of, changes, message",
     [
-        ({"config": replace(PRETRAINING, global_batch_size=7)}, r"global_batch_size=7, expected a multiple of 2"),
-        ({"first_iteration": 20}, "from iteration 20 to 20"),
-        ({"seq_length": 10**6}, r"tokens in .*, expected more than data.seq_length=1000000"),
+        ("config", {"global_batch_size": 7}, r"global_batch_size=7, expected a multiple of 2"),
+        ("segment", {"first_iteration": 20}, "from iteration 20 to 20"),
+        ("setup", {"seq_length": 10**6}, r"tokens in .*, expected more than data.seq_length=1000000"),
+        ("config", optimizer(lr_warmup_iters=20), "lr_warmup_iters=20, expected less than the run's 20"),
+        ("config", optimizer(lr_decay_style="WSD"), "lr_wsd_decay_iters=0 with lr_decay_style=WSD, expected 1 to 17"),
+        ("config", {"overlap_param_gather": True}, "overlap_param_gather without"),
+        ("config", {"loss_spike_factor": 0.5}, "loss_spike_factor=0.5, expected more than 1"),
+        ("config", optimizer(min_lr=1.0), "min_lr=1.0"),
         (
-            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_warmup_iters=20))},
-            "lr_warmup_iters=20, expected less than the run's 20",
+            "setup",
+            {"architecture": replace(NEOX, vocab_size=50)},
+            "found token id [5-9][0-9] in .*, expected ids below",
         ),
-        (
-            {"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, lr_decay_style="WSD"))},
-            "lr_wsd_decay_iters=0 with lr_decay_style=WSD, expected 1 to 17",
-        ),
-        ({"config": replace(PRETRAINING, overlap_param_gather=True)}, "overlap_param_gather without"),
-        ({"config": replace(PRETRAINING, loss_spike_factor=0.5)}, "loss_spike_factor=0.5, expected more than 1"),
-        ({"config": replace(PRETRAINING, optimizer=replace(PRETRAINING.optimizer, min_lr=1.0))}, "min_lr=1.0"),
-        ({"architecture": replace(NEOX, vocab_size=50)}, "found token id [5-9][0-9] in .*, expected ids below"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(prefix, tmp_path, changes, message):
-    with grouped(layout()) as groups, pytest.raises(ValueError, match=message):
-        train(groups, layout(), prefix, tmp_path, **changes)
+def test_options_that_do_not_fit_are_refused(prefix, tmp_path, of, changes, message):
+    with grouped(layout()) as groups:
+        records = {"setup": setup_of(groups), "segment": segment_of(prefix), "config": PRETRAINING}
+        records[of] = replace(records[of], **changes)
+        with pytest.raises(ValueError, match=message):
+            train(records["setup"], records["segment"], tmp_path, config=records["config"])
 
 
 def test_another_index_under_the_same_name_is_noticed(tmp_path):
     """megatron-core's cache key does not look inside the index."""
     prefix = make_corpus(tmp_path / "corpus", seed=1)
     with grouped(layout()) as groups:
-        train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+        setup, segment = setup_of(groups), segment_of(prefix, 5, total=9)
+        train(setup, segment, tmp_path / "run")
         make_corpus(tmp_path / "corpus", seed=2)
         with pytest.raises(ValueError, match="another index"):
-            train(groups, layout(), prefix, tmp_path / "run", iterations=9)
+            train(setup, segment_of(prefix, 9), tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "segment" / "step_00000005")
-        _, fresh = train(groups, layout(), prefix, tmp_path / "other", iterations=5, total_iterations=9)
-        _, rebuilt = train(groups, layout(), prefix, tmp_path / "run", iterations=5, total_iterations=9)
+        _, fresh = train(setup, segment, tmp_path / "other")
+        _, rebuilt = train(setup, segment, tmp_path / "run")
     assert without_times(rebuilt) == without_times(fresh)
 
 
 def test_training_starts_from_a_checkpoint_of_weights_alone(prefix, tmp_path):
     with grouped(layout()) as groups:
         path = save_target(tmp_path / "weights", 0, make_target(layout(), groups, seed=7), groups, shared={})
-        found, _ = train(groups, layout(), prefix, tmp_path / "from", start=path, iterations=4)
-        expected, _ = train(groups, layout(), prefix, tmp_path / "drawn", init_seed=7, iterations=4)
+        found, _ = train(setup_of(groups), segment_of(prefix, 4, start=path), tmp_path / "from")
+        expected, _ = train(setup_of(groups, seed=7), segment_of(prefix, 4), tmp_path / "drawn")
         assert written(found.checkpoint) == written(expected.checkpoint)
 
 
 def test_another_padding_of_the_vocabulary_is_the_same_model(prefix, tmp_path):
     """128 rows, 104 and 128 again: padding is zero and is trained by nobody."""
     with grouped(layout()) as groups:
-        train(groups, layout(), prefix, tmp_path / "whole", iterations=6)
-        for name, divisible_by, last in (("mixed", 128, 2), ("mixed", 8, 4), ("mixed", 128, 6)):
-            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
-            options = {"iterations": last, "total_iterations": 6}
-            mixed, _ = train(groups, config, prefix, tmp_path / name, **options)
-        whole = checkpoint.latest(tmp_path / "whole" / "segment")
+        setups = {n: setup_of(groups, replace(layout(), make_vocab_size_divisible_by=n)) for n in (128, 8, 4)}
+        whole, _ = train(setups[128], segment_of(prefix, 6), tmp_path / "whole")
+        for divisible_by, last in ((128, 2), (8, 4), (128, 6)):
+            mixed, _ = train(setups[divisible_by], segment_of(prefix, last, total=6), tmp_path / "mixed")
         losses = []
-        for path, divisible_by in ((whole, 128), (mixed.checkpoint, 128), (mixed.checkpoint, 4)):
-            config = replace(layout(), make_vocab_size_divisible_by=divisible_by)
-            options = {"architecture": NEOX, "platform": PlatformConfig(), "seq_length": SEQ_LENGTH}
-            target = load_target(path, target_config=config, groups=groups, **options)
-            losses.append(evaluate_loss(target, make_batches(), groups))
+        for path, divisible_by in ((whole.checkpoint, 128), (mixed.checkpoint, 128), (mixed.checkpoint, 4)):
+            losses.append(evaluate_loss(load_target(path, setups[divisible_by]), make_batches(), groups))
     np.testing.assert_allclose(losses, losses[0], rtol=0, atol=1e-5)
 
 
 def test_an_fp32_checkpoint_goes_on_in_bf16(prefix, tmp_path):
     with grouped(layout()) as groups:
-        whole, _ = train(groups, layout(), prefix, tmp_path / "whole", evaluate=evaluator(groups), iterations=8)
-        for platform, last in ((PlatformConfig(), 4), (PlatformConfig(params_dtype="bf16"), 8)):
-            options = {"platform": platform, "evaluate": evaluator(groups), "total_iterations": 8}
-            mixed, _ = train(groups, layout(), prefix, tmp_path / "mixed", iterations=last, **options)
-    assert mixed.evaluations[-1][2]["held_out"] == pytest.approx(whole.evaluations[-1][2]["held_out"], abs=0.03)
+        whole, _ = train(setup_of(groups), segment_of(prefix, 8), tmp_path / "whole", evaluate=evaluator(groups))
+        for dtype, last in (("fp32", 4), ("bf16", 8)):
+            setup = setup_of(groups, platform=PlatformConfig(params_dtype=dtype))
+            segment = segment_of(prefix, last, total=8)
+            mixed, _ = train(setup, segment, tmp_path / "mixed", evaluate=evaluator(groups))
+    found, expected = (result.evaluations[-1].losses["held_out"] for result in (mixed, whole))
+    assert found == pytest.approx(expected, abs=0.03)
 
 
 def test_other_sizes_than_the_checkpoint_are_refused(prefix, tmp_path):
     with grouped(layout()) as groups:
-        train(groups, layout(), prefix, tmp_path, iterations=4)
-        loading = partial(train, groups, layout(), prefix, tmp_path, iterations=5)
+        train(setup_of(groups), segment_of(prefix, 4), tmp_path)
         changes = {
             r"found decoder.layers.0.mlp.linear_fc1.bias of shape \(64,\)": {"ffn_hidden_size": 128},
             r"found decoder.layers.2.input_layernorm.bias of shape None in .*, expected \(32,\)": {"num_layers": 3},
@@ -396,4 +356,4 @@ def test_other_sizes_than_the_checkpoint_are_refused(prefix, tmp_path):
         }
         for message, change in changes.items():
             with pytest.raises(ValueError, match=message):
-                loading(architecture=replace(NEOX, **change))
+                train(setup_of(groups, architecture=replace(NEOX, **change)), segment_of(prefix, 5), tmp_path)

@@ -101,7 +101,7 @@ def test_peak_is_what_is_alive_above_what_was_held() -> None:
 
 
 @needs_linux
-def test_peak_of_one_case_in_a_process_of_its_own() -> None:
+def test_a_case_measured_in_its_own_process_holds_its_logits() -> None:
     sizes = ["--vocab", "5003", "--seq", "128", "--batch", "2"]
     arguments = [sys.executable, benchmark.__file__, "bilevel", *TINY, *sizes, "--peak-of", "gradient"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)

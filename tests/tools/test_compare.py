@@ -3,11 +3,11 @@
 import json
 
 from megatron_bliss.evaluation.results import write_results
-from tests.evaluation.test_results import result
+from tests.results import result
 from tools import compare
 
 
-def test_table_of_runs_and_files(tmp_path, capsys):
+def test_runs_and_files_stand_in_one_table_under_their_labels(tmp_path, capsys):
     for name, value in (("a", 0.5), ("b", 0.6)):
         for arm in ("bliss", "random"):
             folder = tmp_path / name / arm / "round_01" / "evaluate"

@@ -19,8 +19,19 @@ from megatron_bliss.models.transformer import build_lm
 from megatron_bliss.target.checkpoint import save_target
 from megatron_bliss.target.model import last_hidden_states, output_weight
 from megatron_bliss.target.pretrained import configured_architecture, load_pretrained, load_pretrained_proxy
-from tests.models.test_convert import huggingface_logits, save_huggingface, some_tokens
-from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, layout, make_corpus, make_target, train
+from tests.huggingface import huggingface_logits, save_huggingface, some_tokens
+from tests.targets import (
+    LLAMA,
+    NEOX,
+    VOCAB_SIZE,
+    grouped,
+    layout,
+    make_corpus,
+    make_target,
+    segment_of,
+    setup_of,
+    train,
+)
 from tools import convert_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="needs the [eval] extra")
@@ -132,7 +143,8 @@ def test_a_run_begins_from_pretrained_weights(tmp_path):
         with torch.enable_grad():
             corpus, losses = make_corpus(tmp_path / "corpus"), []
             for name, start in (("a", tmp_path / "in"), ("b", tmp_path / "checkpoint"), ("c", None)):
-                _, logged = train(groups, layout(), corpus, tmp_path / name, iterations=4, pretrained=start)
+                segment = replace(segment_of(corpus, 4), pretrained=start)
+                _, logged = train(setup_of(groups), segment, tmp_path / name)
                 losses.append([line["loss"] for line in logged if "loss" in line])
     proxy = build_lm(arch, seed=1)
     load_pretrained_proxy(proxy, tmp_path / "in")

@@ -78,7 +78,7 @@ def test_the_same_files_every_time(small_installation, made, tmp_path):
         assert (made[0] / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
-def test_shape_and_sizes(made):
+def test_the_pool_holds_every_domain_in_quantity_and_mixed(made):
     folder, printed = made
     records = read(folder, "pool-*.jsonl.gz")
     names = ["prose", "code", "licence", "table", "boilerplate", "encoded", "shuffled", "mojibake"]
@@ -124,7 +124,7 @@ def test_code_holds_no_documentation():
     assert installation.documentation("a.py", source) == ["Say what f does."]
 
 
-def test_what_is_prose():
+def test_sentences_are_prose_and_code_and_tables_are_not():
     line = "The function returns the first of the values that are larger than the limit, or nothing if there are none."
     assert installation.is_prose(line)
     for other in (
@@ -139,7 +139,7 @@ def test_what_is_prose():
     assert installation.clean_paragraph(marked) == "The os.path.join function of os is not the one you want here."
 
 
-def test_damage_is_damage():
+def test_damaged_text_keeps_no_readable_sentence():
     generator = random.Random(0)
     text = "The quick brown fox jumps over the lazy dog, and nobody knows where it has gone since then. " * 8
     [(_, mixed)] = domains.shuffled([("a", text)], generator)

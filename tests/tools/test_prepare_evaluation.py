@@ -55,7 +55,7 @@ def run(*arguments: object) -> int:
     return prepare_evaluation.main([str(argument) for argument in arguments])
 
 
-def test_all_ten_tasks_from_a_cache(cache, tmp_path, capsys):
+def test_all_ten_tasks_are_read_from_a_cache_and_written_the_same_every_time(cache, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--from-huggingface-cache", "--cache-dir", cache, "--output", out) == 0
     printed = capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_the_newest_copy_with_all_its_parts_is_taken(cache, tmp_path):
     assert cached_files(cache, SOURCES["lambada_openai"])[0].parts[-3] == "0.0.0"
 
 
-def test_where_the_cache_is(monkeypatch):
+def test_the_cache_is_where_hugging_faces_variables_say(monkeypatch):
     for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/me")

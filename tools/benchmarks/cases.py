@@ -7,7 +7,6 @@ engine_gradient     the engine's gradient
 hessian             the engine's Hessian product, with gradient and influences, blocks recomputed
 hessian_kept        the same, graphs kept instead of recomputed
 gauss_newton        the engine's Gauss-Newton product, with gradient and influences
-influence           the engine's influences alone
 step                the default whole upper step: score forward, validation gradient, one walk, hypergradient, step of
                     z, both AdamW steps
 step_limited        the same under ``bilevel.memory_limit_gib``, which splits the batch
@@ -165,7 +164,6 @@ CASES: dict[str, Callable[[Problem], Callable[[], object]]] = {
     "hessian": lambda p: _product(p, recompute=True),
     "hessian_kept": lambda p: _product(p, recompute=False),
     "gauss_newton": lambda p: _product(p, curvature="gauss_newton"),
-    "influence": lambda p: lambda: curvature.influence(p.model, p.batch, p.vector),
     "step": _step,
     "step_limited": lambda p: _step(p, memory_limit_gib=p.settings.memory_limit_gib),
     "hessian_compiled": lambda p: _product(p, recompute=True, compiled=True),

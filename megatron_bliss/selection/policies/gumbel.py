@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bliss.config.bounds import bounded, check_bounds
 from megatron_bliss.data.indexed import blocks
 from megatron_bliss.selection.best import best, finite_scores
-from megatron_bliss.selection.fraction import FractionSettings, check_fraction, fraction_count, fraction_share
+from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Policy
 
 
@@ -16,7 +17,7 @@ from megatron_bliss.selection.policy import Policy
 class GumbelSettings(FractionSettings):
     """How many units are drawn, and how strongly the best are favoured."""
 
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, above=0)
     """Units are drawn with probability proportional to exp(score / temperature), without replacement."""
 
 
@@ -26,7 +27,7 @@ def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarr
     The same as drawing units one after another, without replacement, each with probability proportional to
     exp(score / temperature). Towards temperature 0 it is the top fraction, towards infinity a uniform draw.
     """
-    check(settings)
+    check_bounds(settings, "selection")
     scores, temperature = finite_scores(scores), settings.temperature
     generator, keys = np.random.default_rng(seed), np.empty(len(scores), dtype=np.float32)
     stretch, spread = max(temperature, 1.0), min(temperature, 1.0)  # so that neither term overflows or vanishes
@@ -36,13 +37,6 @@ def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarr
     return best(keys, fraction_count(settings, len(scores)), generator)
 
 
-def check(settings: GumbelSettings, chosen: bool = True) -> None:
-    """Refuse a fraction that is none and a temperature that is not above 0."""
-    check_fraction(settings, chosen)
-    if not settings.temperature > 0:
-        raise ValueError(f"found selection.temperature {settings.temperature}, expected more than 0")
-
-
 POLICY = Policy(
     help="a random draw that favours the best",
     settings=GumbelSettings,
@@ -50,6 +44,5 @@ POLICY = Policy(
     label=lambda settings: f"gumbel{settings.fraction * 100:g}",
     to_keep_more="raise selection.fraction",
     required=("fraction",),
-    check=check,
     share=fraction_share,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_bliss.selection.best import best_of_groups, finite_scores
-from megatron_bliss.selection.fraction import DomainSettings, check_fraction, fraction_count, fraction_share
+from megatron_bliss.selection.fraction import DomainSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Domains, Policy
 
 
@@ -31,6 +31,5 @@ POLICY = Policy(
     to_keep_more="raise selection.fraction",
     needs=("domains",),
     required=("fraction",),
-    check=check_fraction,
     share=fraction_share,
 )

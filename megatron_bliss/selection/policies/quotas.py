@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bliss.config.bounds import bounded
 from megatron_bliss.selection.best import best_of_groups, finite_scores
-from megatron_bliss.selection.fraction import DomainSettings, check_fraction, fraction_count, fraction_share
+from megatron_bliss.selection.fraction import DomainSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Domains, Policy
 
 
@@ -15,7 +16,7 @@ from megatron_bliss.selection.policy import Domains, Policy
 class QuotaSettings(DomainSettings):
     """How many units are kept, and how many of each domain."""
 
-    quotas: dict[str, float] = field(default_factory=dict)
+    quotas: dict[str, float] = bounded(default_factory=dict, minimum=0, maximum=1)
     """Share of the selection per domain; the best units of all domains not named fill what is left."""
 
 
@@ -49,15 +50,13 @@ def keep(scores: np.ndarray, settings: QuotaSettings, *, seed: int, domains: Dom
 
 
 def check(settings: QuotaSettings, chosen: bool = True) -> None:
-    """Refuse quotas that are missing, that another policy would not look at, or that are no shares."""
-    check_fraction(settings, chosen)
+    """Refuse quotas that are missing, that another policy would not look at, or that are more than the whole."""
     if chosen != bool(settings.quotas):
         raise ValueError(
             f"found selection.quotas {settings.quotas} {'with' if chosen else 'without'} selection.policy quotas, "
             "expected quotas with the policy quotas and with no other: change one of them"
         )
-    shares = settings.quotas.values()
-    if settings.quotas and (min(shares) < 0 or sum(shares) > 1 + 1e-9):
+    if sum(settings.quotas.values()) > 1 + 1e-9:
         raise ValueError(f"found selection.quotas {settings.quotas}, expected shares that sum to at most 1")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bliss.config.bounds import bounded
 from megatron_bliss.selection.best import finite_scores
 from megatron_bliss.selection.policy import Policy
 
@@ -14,7 +15,7 @@ from megatron_bliss.selection.policy import Policy
 class ThresholdSettings:
     """What is good enough."""
 
-    threshold: float = 0.0
+    threshold: float = bounded(0.0)
     """Lowest score kept."""
 
 

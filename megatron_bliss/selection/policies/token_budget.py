@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_bliss.config.bounds import bounded
 from megatron_bliss.data.indexed import blocks
 from megatron_bliss.selection.best import finite_scores
 from megatron_bliss.selection.policy import Policy
@@ -15,7 +16,7 @@ from megatron_bliss.selection.policy import Policy
 class TokenBudgetSettings:
     """How much is kept."""
 
-    tokens: int = 0
+    tokens: int = bounded(0, minimum=0)
     """Most tokens kept (0, in a run: as many as the target trains on in one round)."""
 
 
@@ -58,12 +59,6 @@ def _coarse_rank(scores: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def check(settings: TokenBudgetSettings, chosen: bool) -> None:
-    """Refuse a budget below 0."""
-    if settings.tokens < 0:
-        raise ValueError(f"found selection.tokens {settings.tokens}, expected 0 or more")
-
-
 POLICY = Policy(
     help="the best that fit",
     settings=TokenBudgetSettings,
@@ -72,7 +67,6 @@ POLICY = Policy(
     to_keep_more="raise selection.tokens",
     needs=("lengths",),
     required=("tokens",),
-    check=check,
     in_a_run=lambda settings, round_tokens: replace(settings, tokens=settings.tokens or round_tokens),
-    share=lambda settings, tokens: min(1.0, settings.tokens / tokens),
+    share=lambda settings, tokens: min(1.0, settings.tokens / max(1, tokens)),
 )

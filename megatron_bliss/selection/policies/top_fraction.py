@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_bliss.selection.best import best, finite_scores
-from megatron_bliss.selection.fraction import FractionSettings, check_fraction, fraction_count, fraction_share
+from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Policy
 
 
@@ -22,7 +22,6 @@ POLICY = Policy(
     label=lambda settings: f"top{settings.fraction * 100:g}",
     to_keep_more="raise selection.fraction",
     required=("fraction",),
-    check=check_fraction,
     share=fraction_share,
     lowest_score_as="threshold",
 )

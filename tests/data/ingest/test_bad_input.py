@@ -39,7 +39,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_bad_lines(tmp_path, kind):
+def test_a_bad_line_is_set_aside_with_its_reason(tmp_path, kind):
     line, reason = BAD_LINES[kind]
     source = tmp_path / "a.jsonl.gz"
     source.write_bytes(gzip.compress(b"\n".join([*LINES[:2], line, b"", *LINES[2:]])))
@@ -78,7 +78,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_files(tmp_path, kind, capsys):
+def test_what_a_damaged_file_still_gives_is_kept(tmp_path, kind, capsys):
     suffix, damage, reason = DAMAGE[kind]
     records = [{"text": os.urandom(60).hex()} for _ in range(400)]
     bad, good = tmp_path / f"a{suffix}", write_source(tmp_path / "b.jsonl", GOOD)
@@ -96,7 +96,7 @@ def test_damaged_files(tmp_path, kind, capsys):
         assert kept == 400 if "garbage" in kind else 200 < kept < 300
 
 
-def test_bad_lines_of_plain_text(tmp_path):
+def test_a_bad_line_of_plain_text_is_set_aside_with_its_reason(tmp_path):
     source = tmp_path / "a.txt"
     source.write_bytes(b"good\r\n\ncaf\xe9\nalso good\n")
     _, corpus = make(tmp_path, [str(source)], max_bad_fraction=0.5)
@@ -105,7 +105,7 @@ def test_bad_lines_of_plain_text(tmp_path):
 
 
 @pytest.mark.parametrize("storage", [pa.binary(), pa.large_binary()])
-def test_bad_rows_of_parquet(tmp_path, storage):
+def test_bad_rows_of_parquet_are_set_aside_with_their_reasons(tmp_path, storage):
     values = [b"good", None, b"caf\xe9", b"", b"fine"]
     pq.write_table(pa.table({"text": pa.array(values, storage)}), tmp_path / "a.parquet")
     _, corpus = make(tmp_path, [str(tmp_path / "a.parquet")], max_bad_fraction=0.7)
@@ -116,14 +116,14 @@ def test_bad_rows_of_parquet(tmp_path, storage):
     assert len(corpus) == 2
 
 
-def test_a_parquet_column_that_is_no_text(tmp_path):
+def test_a_parquet_column_that_is_no_text_gives_no_document(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="2 of 2 lines could not be used"):
         make(tmp_path, [str(tmp_path / "a.parquet")])
     assert rejected(tmp_path)[0]["reason"] == "'text' is int, expected a string"
 
 
-def test_a_parquet_file_without_the_column(tmp_path):
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="has no column 'text', expected one of body, url: change --json-keys"):
         make(tmp_path, [str(tmp_path / "a.parquet")])
@@ -142,7 +142,7 @@ def test_a_line_that_is_too_long_is_not_even_kept_in_memory(tmp_path, monkeypatc
         assert len(corpus) == len(GOOD)
 
 
-def test_a_row_that_is_too_long(tmp_path, monkeypatch):
+def test_a_row_that_is_too_long_is_set_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 500)
     source = write_source(tmp_path / "a.parquet", [*GOOD, {"text": "x" * 501}])
     make(tmp_path, [source], max_bad_fraction=0.5)
@@ -150,7 +150,7 @@ def test_a_row_that_is_too_long(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("unit", ["document", "window"])
-def test_a_document_longer_than_the_index_can_say(tmp_path, monkeypatch, unit):
+def test_a_document_longer_than_the_index_can_say_is_set_aside_or_cut_to_windows(tmp_path, monkeypatch, unit):
     monkeypatch.setattr(preprocess, "MAX_UNIT_TOKENS", 30)
     source = write_source(tmp_path / "a.jsonl", [*GOOD, {"text": "x" * 30}, {"text": "y" * 29}])
     _, corpus = make(tmp_path, [source], max_bad_fraction=0.5, append_eod=True, unit=unit, window_length=8)
@@ -160,7 +160,7 @@ def test_a_document_longer_than_the_index_can_say(tmp_path, monkeypatch, unit):
         assert rejected(tmp_path)[0]["line"] == 7 and corpus.lengths.max() == 30
 
 
-def test_ids_outside_the_vocabulary(tmp_path, monkeypatch):
+def test_ids_outside_the_vocabulary_set_their_document_aside(tmp_path, monkeypatch):
     encode = encoding.BytesEncoder.encode
 
     def wrong(self, texts):
@@ -176,7 +176,7 @@ def test_ids_outside_the_vocabulary(tmp_path, monkeypatch):
     assert [chr(corpus[unit][-2]) for unit in range(5)] == ["0", "1", "2", "4", "5"]
 
 
-def test_a_text_without_a_token(tmp_path):
+def test_a_text_without_a_token_is_set_aside(tmp_path):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "river": 1, "</s>": 2}, unk_token="[UNK]"))
@@ -216,7 +216,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-def test_what_must_not_change_under_an_unfinished_run(tmp_path, tokenizer_files, kind):
+def test_a_change_under_an_unfinished_run_is_refused(tmp_path, tokenizer_files, kind):
     happens, changes, message = RESUMED[kind]
     write_source(tmp_path / "a.jsonl", GOOD)
     write_source(tmp_path / "b.jsonl", [*GOOD, {"text": ""}])
@@ -241,7 +241,7 @@ def test_a_piece_that_was_not_whole_on_disk_is_made_again(tmp_path):
     assert same_files(whole.prefix, corpus.prefix) and not os.path.exists(tmp_path / "X.pieces")
 
 
-def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
+def test_a_source_that_changes_while_it_is_read_ends_the_run(tmp_path, monkeypatch):
     source = Path(write_source(tmp_path / "a.jsonl", GOOD))
     encode = encoding.BytesEncoder.encode
 
@@ -256,7 +256,7 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
     assert not os.path.exists(tmp_path / "X.bin")
 
 
-def test_shards_that_do_not_fit_together(tmp_path, tokenizer_files):
+def test_shards_that_do_not_fit_together_are_refused(tmp_path, tokenizer_files):
     files = [write_source(tmp_path / f"{name}.jsonl", GOOD) for name in "ab"]
     with pytest.raises(ValueError, match="3 shards of 2 files"):
         make(tmp_path, files, shard=(1, 3))
@@ -276,7 +276,7 @@ def test_shards_that_do_not_fit_together(tmp_path, tokenizer_files):
         merge_shards(prefix, 2)
 
 
-def test_a_shard_that_was_cut(tmp_path):
+def test_a_shard_that_was_cut_is_refused(tmp_path):
     files = [write_source(tmp_path / f"{name}.jsonl", GOOD) for name in "ab"]
     for shard in (1, 2):
         make(tmp_path, files, shard=(shard, 2))

@@ -77,7 +77,7 @@ def test_shards_joined_are_the_whole(tmp_path, unit, provenance):
                 os.unlink(tmp_path / f"parts{suffix}")
 
 
-def test_a_shard_that_ends_with_a_lone_token(tmp_path):
+def test_a_lone_token_at_the_end_of_a_shard_goes_into_the_next_window(tmp_path):
     files = [write_source(tmp_path / f"{name}.jsonl", [{"text": "1234567"}, {"text": "12345678"}]) for name in "ab"]
     options = {"unit": "window", "window_length": 16}  # 8 + 9 tokens: one is over
     _, whole = make(tmp_path, files, "whole", **options)
@@ -172,7 +172,7 @@ def test_gigatoken_is_made_anew_when_its_cache_has_grown(tokenizer_files, monkey
     assert encoder.encode(["once upon a time"])[0].tolist() == first.tolist()
 
 
-def test_progress_as_json_lines(tmp_path, capsys):
+def test_progress_as_json_lines_ends_with_the_whole(tmp_path, capsys):
     source = write_source(tmp_path / "a.jsonl", documents(20))
     options = ["--input", source, "--output-prefix", str(tmp_path / "X"), "--tokenizer-type", "bytes"]
     assert preprocess_data.main([*options, "--progress", "json"]) == 0
@@ -183,7 +183,7 @@ def test_progress_as_json_lines(tmp_path, capsys):
         assert last[name] > 0
 
 
-def test_shards_by_command(tmp_path, capsys):
+def test_the_command_joins_shards_once_all_are_finished(tmp_path, capsys):
     files = [write_source(tmp_path / f"{name}.jsonl.zst", documents(5)) for name in "ab"]
     prefix = ["--output-prefix", str(tmp_path / "X")]
     options = ["--input", *files, *prefix, "--tokenizer-type", "bytes", "--progress", "none"]

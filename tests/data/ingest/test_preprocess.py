@@ -65,7 +65,7 @@ def test_windows_are_the_joined_documents_cut_up(tmp_path):
 
 
 @pytest.mark.parametrize("extra, units", [(0, 1), (1, 1), (2, 2), (3, 2)])
-def test_the_last_short_window(tmp_path, extra, units):
+def test_a_last_window_of_one_token_is_left_out(tmp_path, extra, units):
     text = "x" * (7 + extra)  # and one EOD: a window of 8 and what is over
     _, corpus = make(tmp_path, [write_lines(tmp_path / "a.jsonl", [{"text": text}])], unit="window", window_length=8)
     assert len(corpus) == units and corpus.num_tokens == 8 + (extra if units == 2 else 0)
@@ -124,7 +124,7 @@ def test_a_run_fails_past_the_limit_and_publishes_nothing(tmp_path):
     assert make(tmp_path, [source], max_bad_fraction=0.1)[0]["counts"]["documents"] == 9
 
 
-def test_no_text_at_all(tmp_path):
+def test_input_without_any_text_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         make(tmp_path, [write_lines(tmp_path / "a.jsonl", [])])
     with pytest.raises(ValueError, match="holds no text"):
@@ -183,7 +183,7 @@ def test_finished_work_is_neither_redone_nor_overwritten(tmp_path):
         make(tmp_path, [source])
 
 
-def test_inputs(tmp_path):
+def test_inputs_are_files_globs_and_folders_each_file_once(tmp_path):
     (tmp_path / "in/deep").mkdir(parents=True)
     for name in ("in/b.jsonl", "in/a.json", "in/deep/c.jsonl.gz"):
         write_lines(tmp_path / name, documents(1))
@@ -215,7 +215,7 @@ def test_lines_are_whole_whatever_the_block(tmp_path, monkeypatch):
         assert state.bytes == len(content) and state.sha256 == sha256_file(tmp_path / "a.jsonl")
 
 
-def test_several_keys(tmp_path):
+def test_several_keys_are_joined_by_a_newline(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"title": "T", "text": "body"}, {"text": "no title"}])
     _, corpus = make(tmp_path, [source], json_keys=["title", "text"], max_bad_fraction=0.5)
     assert bytes(corpus[0].astype(np.uint8)) == b"T\nbody" and len(corpus) == 1
@@ -230,12 +230,12 @@ def test_several_keys(tmp_path):
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction"),
     ],
 )
-def test_impossible_settings(changes, message):
+def test_impossible_settings_name_their_option(changes, message):
     with pytest.raises(ValueError, match=message):
         PreprocessSettings(inputs=[], output_prefix="X", tokenizer_type="bytes", **changes)
 
 
-def test_the_command_and_a_look_at_its_result(tmp_path, tokenizer_files, capsys):
+def test_the_command_makes_what_the_inspection_shows(tmp_path, tokenizer_files, capsys):
     source = write_lines(tmp_path / "a.jsonl.gz", documents(40))
     prefix = str(tmp_path / "X")
     options = ["--input", source, "--output-prefix", prefix, "--tokenizer-model", tokenizer_files["huggingface"]]

@@ -16,7 +16,7 @@ ALL = (".bin", ".idx", ".rejected.jsonl", ".provenance.parquet")
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_kills_at_random_instants(tmp_path, seed):
+def test_runs_killed_at_random_instants_end_with_the_same_bytes(tmp_path, seed):
     found = check_killed_runs(tmp_path, kills=4, seed=seed, documents_per_file=30)
     assert len(found) == 4
 
@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("unit", ["document", "window"])
-def test_stopped_after_every_file_that_is_published(tmp_path, monkeypatch, unit):
+def test_a_run_stopped_after_any_published_file_ends_with_the_same_bytes(tmp_path, monkeypatch, unit):
     files = [write_source(tmp_path / f"{name}.jsonl.gz", documents(20, seed)) for seed, name in enumerate("ab")]
     options = {"unit": unit, "window_length": 16, "piece_megabytes": 0.001}
     manifest, whole = make(tmp_path, files, "whole", **options)
@@ -82,7 +82,7 @@ def test_finished_pieces_are_not_made_again(tmp_path, monkeypatch):
     assert same_files(whole.prefix, corpus.prefix, ALL)
 
 
-def test_two_runs_at_once(tmp_path):
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     source = write_source(tmp_path / "a.jsonl", documents(3))
     os.makedirs(tmp_path / "X.pieces")
     with open(tmp_path / "X.pieces" / "lock", "wb") as lock:

@@ -16,7 +16,7 @@ def test_synthetic_units_are_a_corpus(tmp_path):
     assert synthetic_corpus(70_000, tmp_path) == prefix
 
 
-def test_what_is_measured(tmp_path):
+def test_figures_per_million_follow_from_what_was_measured(tmp_path):
     for measure in (subset_seconds_per_million, verify_seconds_per_million):
         found = measure(5000, tmp_path)
         assert found["units"] == 5000 and found["seconds"] > 0 and found["peak_bytes"] >= 0

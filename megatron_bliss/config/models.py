@@ -1,0 +1,109 @@
+"""Architectures and what belongs to one model: the sections ``target``, ``proxy`` and ``score``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from megatron_bliss.config.bounds import bounded
+from megatron_bliss.config.platform import Precision
+from megatron_bliss.config.training import OptimizerConfig
+
+Family = Literal["gpt_neox", "llama"]
+Activation = Literal["sigmoid", "identity"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An architecture: a preset by name, any field of which can be overridden, or a custom one from sizes."""
+
+    preset: Optional[str] = None
+    """Name of a published size (see megatron_bliss/models/presets.py), such as pythia-31m; none: give the sizes."""
+    architecture: Optional[Family] = None
+    """Block family: gpt_neox (parallel residual, LayerNorm, GELU) or llama (RMSNorm, SwiGLU, grouped queries)."""
+    num_layers: Optional[int] = bounded(None, minimum=1)
+    """Transformer blocks."""
+    hidden_size: Optional[int] = bounded(None, minimum=1)
+    """Width of the residual stream."""
+    ffn_hidden_size: Optional[int] = bounded(None, minimum=1)
+    """Width inside the feed-forward part (default 4 x hidden_size for gpt_neox, 8/3 of it for llama)."""
+    num_attention_heads: Optional[int] = bounded(None, minimum=1)
+    """Query heads."""
+    num_query_groups: Optional[int] = bounded(None, minimum=1)
+    """Key-value heads (default: as many as query heads)."""
+    rotary_percent: Optional[float] = bounded(None, minimum=0, maximum=1)
+    """Share of each head that is rotated (default 0.25 for gpt_neox, 1 for llama)."""
+    rotary_base: Optional[float] = bounded(None, above=0)
+    """Base of the rotary frequencies (default 10000)."""
+    norm_epsilon: Optional[float] = bounded(None, above=0)
+    """Epsilon of LayerNorm or RMSNorm (default 1e-5)."""
+    untie_embeddings_and_output_weights: Optional[bool] = None
+    """Separate input embedding and output matrix (default: yes)."""
+
+
+@dataclass(frozen=True)
+class TargetConfig(ModelConfig):
+    """The LLM that is being pre-trained: a megatron-core GPTModel under tensor and pipeline parallelism."""
+
+    tensor_model_parallel_size: int = bounded(1, minimum=1)
+    """Ranks that share one layer's matrices."""
+    pipeline_model_parallel_size: int = bounded(1, minimum=1)
+    """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int = bounded(1, minimum=1)
+    """Model chunks per pipeline rank; more than 1 interleaves them (smaller bubbles, more communication)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence inside a tensor-parallel group."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations to recompute in the backward pass: none, the parts in recompute_modules, or whole layers."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With full: keep one input per recompute_num_layers layers, or recompute only that many layers of each chunk."""
+    recompute_num_layers: int = bounded(1, minimum=1)
+    """With full: layers recomputed together (uniform), or layers recomputed at all, per model chunk (block)."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective: core_attn and/or mlp."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Norms and attention: Transformer Engine's, or this package's; auto takes the former on CUDA if installed."""
+    make_vocab_size_divisible_by: int = bounded(128, minimum=1)
+    """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it."""
+    init_method_std: float = bounded(0.02, above=0)
+    """Standard deviation of initial weights."""
+    pretrained_checkpoint: Optional[str] = None
+    """Weights that the warm-up begins from instead of random ones: a Hugging Face folder (GPT-NeoX or LLaMA,
+    safetensors) or a target checkpoint. Gives the sizes, too, where no preset and no size is set."""
+
+
+@dataclass(frozen=True)
+class ProxyConfig(ModelConfig):
+    """The small LM on which the lower level is solved."""
+
+    warmup_iters: int = bounded(1000, minimum=0)
+    """Plain next-token training steps on the warm-up shard before the first round."""
+    warmup_batch_size: int = bounded(32, minimum=1)
+    """Samples per warm-up step, over all ranks."""
+    warmup_micro_batch_size: int = bounded(0, minimum=0)
+    """Samples of a rank that a warm-up step works on at once (0: all of them)."""
+    warmup_params_dtype: Precision = "fp32"
+    """Precision of the warm-up's passes; weights, sums and optimiser states stay fp32."""
+    warmup_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser of the proxy's warm-up."""
+    restart_each_round: bool = True
+    """Every round starts from the warmed-up proxy (the paper's choice); false: from the last round's proxy."""
+    init_method_std: float = bounded(0.02, above=0)
+    """Standard deviation of initial weights."""
+    pretrained_checkpoint: Optional[str] = None
+    """Hugging Face folder (GPT-NeoX or LLaMA, safetensors) whose weights the proxy's warm-up begins from instead of
+    random ones. Gives the sizes, too, where no preset and no size is set."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The score model: the proxy's trunk, a masked mean over tokens and one linear unit (eq. 1)."""
+
+    activation: Activation = "sigmoid"
+    """a in s_i = a(f(theta_s; xi_i))."""
+    init_from: Literal["proxy", "fresh"] = "proxy"
+    """Trunk at the first round: the warmed-up proxy's, or newly initialised."""
+    carry_over: bool = True
+    """Each round goes on with the last round's score model; false: start anew each round."""
+    head_init_std: float = bounded(0.0, minimum=0)
+    """Standard deviation of the linear unit's initial weights; 0 starts from equal scores."""

@@ -1,0 +1,31 @@
+"""From the score model to the units kept: the sections ``scoring`` and ``selection``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_bliss.config.bounds import bounded
+from megatron_bliss.config.platform import Precision
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """One forward pass of the score model over a shard."""
+
+    micro_batch_size: int = bounded(64, minimum=1)
+    """Units per forward pass and rank."""
+    params_dtype: Precision = "fp32"
+    """Precision of the score model's trunk; the mean over tokens and the linear unit stay fp32."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which units of a scored shard the target trains on."""
+
+    policy: str = "top_fraction"
+    """Which units are kept."""
+    epoch_warning: float = bounded(4.0, above=0)
+    """Warn when the target will see the tokens of a selection more often than this in one round."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the policies (selection/policies/), those not chosen among them: selection.fraction and others."""

@@ -1,0 +1,130 @@
+"""Every number of a run has bounds, which its command line obeys; every word that an option takes has its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from megatron_bliss.base.platform import DTYPES
+from megatron_bliss.bilevel.solve import SOLVERS
+from megatron_bliss.config import bilevel, models, platform, stages, training
+from megatron_bliss.config.bounds import METADATA_KEY, Bounds
+from megatron_bliss.models.optimizer import DECAYS
+from megatron_bliss.models.score import ACTIVATIONS
+from megatron_bliss.models.transformer import BLOCKS
+from megatron_bliss.run.checks import parse_arguments
+from megatron_bliss.run.options import parse_options
+from megatron_bliss.selection.policies import POLICIES
+
+ANY_FINITE_NUMBER = {"selection.threshold"}
+"""Scores have either sign and any size, and so has the lowest that is kept."""
+
+
+def numeric_options(section: Any, prefix: str = "") -> Iterator[tuple[str, set[type], dataclasses.Field]]:
+    """(Name, types, field) of every option of a section and those inside that holds numbers, bounded or not."""
+    hints = get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        types = set(leaves(hints[field.name]))
+        if types & {int, float}:
+            yield name, types, field
+        inside = value if isinstance(value, Mapping) else {"": value}
+        for key, entry in inside.items():
+            if dataclasses.is_dataclass(entry):
+                yield from numeric_options(entry, f"{name}.{key}." if key else f"{name}.")
+
+
+def leaves(hint: Any) -> Iterator[Any]:
+    """The types that an annotation is made of: of dict[str, float] | None str, float and NoneType."""
+    arguments = get_args(hint)
+    for argument in arguments:
+        yield from leaves(argument)
+    if not arguments:
+        yield hint
+
+
+def all_numeric_options() -> Iterator[tuple[str, set[type], dataclasses.Field]]:
+    """Those of the sections, of the arms, and of the policies."""
+    yield from numeric_options(parse_options([]))
+    for policy in POLICIES.values():
+        yield from numeric_options(policy.settings(), "selection.")
+
+
+OPTIONS = {name: (types, field) for name, types, field in all_numeric_options()}
+
+
+def values_outside(bounds: Bounds, types: set[type]) -> Iterator[float]:
+    """The nearest value below that is not allowed, and the nearest above where there is a bound above."""
+    step = 1 if float not in types else 1e-3
+    if bounds == Bounds():
+        yield math.nan
+    if bounds.minimum is not None or bounds.above is not None:
+        yield bounds.above if bounds.minimum is None else bounds.minimum - step
+    if bounds.maximum is not None or bounds.below is not None:
+        yield bounds.below if bounds.maximum is None else bounds.maximum + step
+
+
+def written(value: float, types: set[type], field: dataclasses.Field) -> str:
+    """A value as the command line takes it, inside a list or a dict where the option is one."""
+    text = ".nan" if math.isnan(value) else str(value)
+    if field.default_factory is dict:
+        return f"{{a: {text}}}"
+    return f"[{text}]" if field.default_factory is list else text
+
+
+def test_the_walk_finds_options_of_every_kind() -> None:
+    some = {"seed", "round", "data.blend_weights", "selection.quotas", "proxy.warmup_optimizer.lr", "target.num_layers"}
+    some |= {"baselines.mates.lr", "selection.fraction"}
+    assert some <= set(OPTIONS) and "bilevel.compile" not in OPTIONS and "data.split" not in OPTIONS
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_number_has_bounds(name: str) -> None:
+    bounds = OPTIONS[name][1].metadata.get(METADATA_KEY)
+    assert bounds is not None, f"{name} takes any number: say which make sense, by bounded()"
+    assert (bounds == Bounds()) == (name in ANY_FINITE_NUMBER)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_number_outside_its_bounds_is_refused_by_name(name: str) -> None:
+    types, field = OPTIONS[name]
+    for value in values_outside(field.metadata[METADATA_KEY], types):
+        number = float(value) if float in types else value
+        with pytest.raises(ValueError, match=rf"^found {name}(\[0\]|\.a)? {number}, expected "):
+            parse_arguments([f"--{name}={written(value, types, field)}"])
+
+
+def test_the_help_shows_bounds(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Upper-level steps a round. [1 or more] (type: int, default: 3000)" in text
+    assert "Decay of the second moment. [0 or more, less than 1] (type: float, default: 0.95)" in text
+
+
+@pytest.mark.parametrize(
+    "words, table",
+    [
+        (platform.Precision, DTYPES),
+        (models.Family, BLOCKS),
+        (models.Activation, ACTIVATIONS),
+        (bilevel.Solver, SOLVERS),
+        (training.WsdDecayStyle, DECAYS),
+    ],
+    ids=["precision", "family", "activation", "solver", "decay"],
+)
+def test_every_word_has_a_meaning_and_none_is_left_over(words: Any, table: Mapping) -> None:
+    assert set(get_args(words)) == set(table)
+
+
+def test_decays_that_options_share_have_one_meaning() -> None:
+    assert set(get_args(training.BranchDecayStyle)) <= set(DECAYS)
+    assert set(get_args(training.DecayStyle)) - {"constant", "WSD"} <= set(DECAYS)
+
+
+def test_a_stage_alone_is_the_warm_up_or_one_of_a_round() -> None:
+    assert get_args(stages.Stage) == ("warmup", *stages.ROUND_STAGES)
