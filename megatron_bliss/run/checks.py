@@ -42,7 +42,7 @@ def check_options(config: Config) -> None:
     check_bounds(config)
     check_selection(config.selection)
     _check_run(config)
-    _check_models(config)
+    _check_sections(config)
     check_blend(config.data)
 
 
@@ -100,7 +100,7 @@ def _check_run(config: Config) -> None:
             )
 
 
-def _check_models(config: Config) -> None:
+def _check_sections(config: Config) -> None:
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     for name in ("target", "proxy"):
