@@ -10,9 +10,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_bliss.bilevel import curvature
+from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.vector import ParameterVector, parameter_total
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.transformer import LanguageModel
@@ -74,9 +75,12 @@ def precision_warnings(model: LanguageModel, batch: Batch, dtype: torch.dtype, k
     return [f"{text}: consider bilevel.params_dtype fp32"]
 
 
-def _product(model: LanguageModel, dtype: torch.dtype, batch: Batch, weights, z, kind: str) -> ParameterVector:
+def _product(
+    model: LanguageModel, dtype: torch.dtype, batch: Batch, weights: Tensor, z: Tensor, kind: str
+) -> ParameterVector:
     local = model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
-    return curvature.curvature_product(local, batch, weights.to(dtype), z.to(dtype), curvature=kind).product
+    loss = Loss(Objective(), batch, weights.to(dtype))
+    return curvature.curvature_product(local, loss, z.to(dtype), curvature=kind).product
 
 
 def _cut(batch: Batch) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +69,9 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right)
     else:
         out.add_(left @ right)
+
+
+def add_by_name(sums: dict[str, Tensor], names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Add each tensor to the sum of its name."""
+    for name, tensor in zip(names, tensors, strict=True):
+        sums[name].add_(tensor)

@@ -1,8 +1,9 @@
 """What a run will take, before it runs: FLOPs, tokens and time of every stage, memory of a rank, data and disk.
 
 Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the
-stages record when they are done, by the same functions (models/flops.py), where the corpus is there; time is those numbers
-over what the devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
+stages record when they are done, by the same functions (models/flops.py, bilevel/flops.py), where the corpus is
+there; time is those numbers over what the devices are assumed to reach; memory of activations and of the bilevel stage
+is estimated.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megatron_bliss.base.parallel import check_world_size
+from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.config.config import Config, PlatformConfig
 from megatron_bliss.config.parse import ROUND_STAGES, arm_names, has_stage
-from megatron_bliss.models.flops import bilevel_flops, mates_flops, proxy_warmup_flops, scoring_flops, training_flops
+from megatron_bliss.models.flops import mates_flops, proxy_warmup_flops, scoring_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import memory_plan

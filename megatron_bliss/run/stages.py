@@ -17,6 +17,7 @@ from megatron_bliss.arms import BASELINES, Inputs, Scores
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.precision import DTYPES
 from megatron_bliss.bilevel.teacher import TargetTeacher
@@ -25,7 +26,7 @@ from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, scoring_flops
+from megatron_bliss.models.flops import proxy_warmup_flops, scoring_flops
 from megatron_bliss.models.loop import Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
@@ -49,7 +50,7 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
         load_pretrained_proxy(proxy, config.proxy.pretrained_checkpoint)
     source = UnitDataset(shard_prefix(session, 0), config.data.seq_length, session.vocab_size)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
-    trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
+    trainer = ProxyWarmup(config.proxy, proxy, batches, session.groups)
     _run_trainer(session, trainer, config.proxy.warmup_iters, folder, "shared", 0, "proxy")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
     return {"flops": proxy_warmup_flops(config.proxy, session.proxy_architecture, config.data.seq_length)}
@@ -70,7 +71,7 @@ def learn_scores(session: Session, folder: Path, arm: str, round_number: int) ->
         teacher,
         session.schedule(train, config.bilevel.global_batch_size, "bilevel", round_number),
         session.schedule(validation, config.bilevel.validation_batch_size, "validation", round_number),
-        session.world,
+        session.groups,
     )
     warnings = trainer.check_precision()
     for warning in warnings if session.groups.is_main else []:

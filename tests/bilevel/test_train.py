@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.base import checkpoint
+from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World
+from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
 from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, language_model_mask
 from megatron_bliss.models.score import build_score_model
@@ -71,7 +72,7 @@ def make_trainer(
             return Teacher(target.hidden_states(tokens), target.output_weight.detach())
 
     def schedule(source: RandomUnits, size: int) -> BatchSchedule:
-        return BatchSchedule(source, size, seed=5, rank=world.rank, world_size=world.size)
+        return BatchSchedule(source, size, seed=5, rank=world.rank, world_size=world.world_size)
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
@@ -100,6 +101,7 @@ VARIANTS = {
     "micro-batches of 1": dataclasses.replace(CONFIG, micro_batch_size=1),
     "micro-batches of 3": dataclasses.replace(CONFIG, micro_batch_size=3),
     "hessian": dataclasses.replace(CONFIG, curvature="hessian"),
+    "two steps of sgd": dataclasses.replace(CONFIG, solver_steps=2),
     "conjugate gradient": dataclasses.replace(CONFIG, solver="conjugate_gradient", solver_steps=3),
     "fewer samples than ranks": dataclasses.replace(CONFIG, global_batch_size=3, validation_batch_size=1),
 }

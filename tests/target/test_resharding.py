@@ -13,7 +13,6 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.bilevel.train import World
 from megatron_bliss.config.config import PlatformConfig
 from megatron_bliss.models.loop import run_steps
 from megatron_bliss.target.segment import evaluate_loss, load_target
@@ -126,8 +125,7 @@ def test_a_run_goes_on_at_another_layout(prefix, tmp_path):
 def small_models(rank: int, world_size: int, folder: str, last_step: int) -> list[np.ndarray]:
     """Bilevel steps on all ranks, saved every second one; proxy, score model, z and what was logged."""
     with grouped(layout()) as groups:
-        world = World(groups.world_group, rank, world_size, groups.device)
-        trainer = make_trainer(CONFIG, torch.float64, world)
+        trainer = make_trainer(CONFIG, torch.float64, groups)
         metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
         run_steps(
             trainer,

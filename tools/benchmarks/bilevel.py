@@ -32,7 +32,6 @@ TIME_FIGURES = {
     "hessian_time_vs_gradient": ("hessian", "gradient"),
     "hessian_kept_time_vs_gradient": ("hessian_kept", "gradient"),
     "gauss_newton_time_vs_gradient": ("gauss_newton", "gradient"),
-    "influence_time_vs_gradient": ("influence", "gradient"),
     "step_time_vs_gradient": ("step", "gradient"),
     "time_with_limit": ("step_limited", "step"),
     "compiled_hessian_time_vs_gradient": ("hessian_compiled", "gradient"),

@@ -14,7 +14,6 @@ LABELS = {
     "hessian": "engine: Hessian product, gradient, influences; recomputed",
     "hessian_kept": "engine: the same, graphs kept",
     "gauss_newton": "engine: Gauss-Newton product, gradient, influences",
-    "influence": "engine: influences alone",
     "step": "engine: default whole upper step",
     "step_limited": "engine: the same, memory limit",
     "hessian_compiled": "engine: Hessian product, gradient, influences; recomputed, compiled",
