@@ -1,16 +1,19 @@
-"""The bilevel stage: lower steps of the proxy, one upper step of the score model, and the loop of one round.
+"""The trainers: the proxy's warm-up, and the bilevel stage with its lower and upper steps.
 
-One upper step at (theta_p, theta_s), with 𝓑 the global batch over all ranks:
+One upper step at (theta_p, z, theta_s), with 𝓑 the global batch over all ranks and the default solver:
 
     P = softmax over 𝓑 of s_i(theta_s)                                           (1), (2)
     b = gradient of Phi at theta_p                                               (4)
-    one walk over the proxy: gradient of G, C·z, d_i = <grad l_i, z>             (3), (5), (6)
+    one walk over the proxy at z: gradient of G, C z, d_i = <grad l_i, z>        (3), (5), (6)
+    z <- z + eta (b - (C + delta) z)                                             (5), warm-started across steps
+    theta_p <- AdamW with the gradient of G                                      (3)
     theta_s <- AdamW with - sum_i P_i (d_i - sum_j P_j d_j) grad s_i             (7)
-    z <- z - eta ((C + delta) z - b)                                             (5), warm-started across steps
-    theta_p <- AdamW with the gradient of G
 
-All three unknowns move once per pass, as in SOBA (arXiv 2201.13409): the gradient that the walk makes anyway is the
-lower step's, so an upper step costs one walk, one validation gradient, and the score model's forward and backward.
+What stands on the right was all computed at the old values. All three unknowns move once per walk, as in SOBA (arXiv
+2201.13409): the gradient that the walk makes anyway is the lower step's, so an upper step costs one walk, one
+validation gradient, and the score model's forward and backward.
+
+Shapes: b samples of this rank.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class ProxyWarmup:
     def step(self) -> dict[str, float]:
         """One AdamW step; returns what to log."""
         batch = self.train.at(self.steps_done).to(self.world.device)
-        weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)
+        weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)  # [b]
         found = curvature.gradient(self._passes.refresh(), Loss(Objective(), batch, weights), self.execution)
         norm, rate = self.optimizer.step(found.gradient)
         self.steps_done += 1
@@ -103,7 +106,7 @@ class BilevelTrainer:
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
         dtype = DTYPES[config.params_dtype]
         self._proxy_passes, self._score_passes = ComputeCopy(proxy, dtype), ComputeCopy(score_model, dtype)
-        self.z = vector.zeros(proxy).flat
+        self.z = vector.zeros(proxy).flat  # of the master's size and dtype, whatever passes run in
         self.solver = SolverState()
         self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
         split = _split(config, proxy, train, validation)
@@ -127,7 +130,7 @@ class BilevelTrainer:
 
         The walk's gradient and product, each as large as the proxy, are freed before the score model needs room.
         """
-        phi, b = self._validation_gradient()
+        phi, b = self._validation_gradient()  # at theta_p before its step, as the walk
         info, walk = self._solve(sample, b)
         _, rate = self.proxy_optimizer.step(walk.gradient)
         values = {
@@ -196,7 +199,7 @@ class BilevelTrainer:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
         size = self.execution.micro_batch_size
-        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)
+        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)  # [b]
         weights = global_softmax(scores, self.world.world_group, unit_ids=batch.unit_ids, micro_batch_size=size)
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
 
@@ -241,6 +244,7 @@ class BilevelTrainer:
         """Sums over the global batch, in one small all-reduce."""
         n, p, s = self.config.global_batch_size, sample.weights.double(), sample.scores.double()
         losses = walk.sample_losses.double()
+        # effective samples: 1 / sum P², the number of equal weights that are as uneven
         sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
         self.execution.add_over_ranks(sums)
         train_loss, entropy, square, mean, second_moment = sums.tolist()

@@ -59,13 +59,16 @@ def as_vector(model: nn.Module, vector: Tensor | dict[str, Tensor]) -> dict[str,
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: fp32 under bf16 and fp16, else the dtype itself."""
+    """What sums are kept in: fp32 under bf16 and fp16, else the dtype itself.
+
+    A sum of many micro-batches in bf16 stops growing once its terms are below 1/256 of it.
+    """
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out += left @ right, in out's dtype."""
-    if out.dtype == left.dtype:
+    if out.dtype == left.dtype:  # no matrix product adds to an output of another dtype
         out.addmm_(left, right)
     else:
         out.add_(left @ right)

@@ -27,7 +27,7 @@ from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.models.flops import proxy_warmup_flops, scoring_flops
-from megatron_bliss.models.loop import Trainer, run_steps
+from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guiding_prefix, shard_prefix, shares_by_field
@@ -262,17 +262,15 @@ def _teacher(session: Session, arm: str, round_number: int) -> TargetTeacher:
 
 
 def _run_trainer(session: Session, trainer, steps: int, folder: Path, arm: str, round_number: int, stage: str) -> None:
-    run_steps(
-        trainer,
-        steps,
+    books = Bookkeeping(
         folder=folder,
         save_interval=session.config.checkpoint.save_interval,
         log_interval=session.config.logging.log_interval,
         metrics=session.metrics,
         labels={"arm": arm, "round": round_number, "stage": stage},
-        groups=session.groups,
         show_progress=session.show_progress,
     )
+    run_steps(trainer, steps, books, session.groups)
 
 
 def _save_final(session: Session, folder: Path, state: dict) -> None:

@@ -14,7 +14,7 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.config.config import PlatformConfig
-from megatron_bliss.models.loop import run_steps
+from megatron_bliss.models.loop import Bookkeeping, run_steps
 from megatron_bliss.target.segment import evaluate_loss, load_target
 from megatron_bliss.target.state import boxes
 from tests.bilevel.test_train import CONFIG, make_trainer
@@ -127,17 +127,8 @@ def small_models(rank: int, world_size: int, folder: str, last_step: int) -> lis
     with grouped(layout()) as groups:
         trainer = make_trainer(CONFIG, torch.float64, groups)
         metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
-        run_steps(
-            trainer,
-            last_step,
-            folder=Path(folder),
-            save_interval=2,
-            log_interval=1,
-            metrics=metrics,
-            labels={"arm": "bliss", "round": 1, "stage": "bilevel"},
-            groups=groups,
-            show_progress=False,
-        )
+        labels = {"arm": "bliss", "round": 1, "stage": "bilevel"}
+        run_steps(trainer, last_step, Bookkeeping(Path(folder), 2, 1, metrics, labels, False), groups)
         metrics.close()
     models = (trainer.proxy, trainer.score_model)
     weights = [torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy() for model in models]
