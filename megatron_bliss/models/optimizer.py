@@ -13,10 +13,10 @@ from megatron_bliss.config.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step`` of ``total_steps``: megatron-core's schedule, but for the first step.
+    """Learning rate of 0-based ``step`` of ``total_steps``: megatron-core's schedule, a step ahead during warm-up.
 
-    That one has 1 / lr_warmup_iters of the rate, where the target's has 0: a small model's run is too short to stand
-    still. The step after the warm-up begins the decay for both.
+    The first step has 1 / lr_warmup_iters of the rate, where the target's has 0: no step of a small model is lost. The
+    decay begins with the step after the warm-up, as the target's.
     """
     from megatron_bliss.base.learning_rate import rate_after  # here: it loads megatron-core, which takes seconds
 
@@ -29,6 +29,11 @@ class Optimizer:
     """AdamW on a small model, with gradients given by name rather than left in ``.grad`` by autograd."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+        if not 0 <= config.min_lr <= config.lr:
+            raise ValueError(
+                f"found min_lr={config.min_lr} and lr={config.lr} in an optimizer of the small models, expected min_lr "
+                "from 0 to lr: lower it"
+            )
         self.config, self.total_steps, self.steps_done = config, total_steps, 0
         self.parameters = dict(model.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
