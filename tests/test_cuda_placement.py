@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_map
 
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.bilevel import curvature
+from megatron_bliss.bilevel.execution import Execution
+from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.teacher import TargetTeacher
-from megatron_bliss.bilevel.train import ProxyWarmup, World
+from megatron_bliss.bilevel.train import ProxyWarmup
 from megatron_bliss.config.config import ProxyConfig, TargetConfig
 from megatron_bliss.data.batches import BatchSchedule
 from megatron_bliss.data.tokenizers import load_tokenizer
@@ -83,10 +85,6 @@ def assert_same(work: Callable, groups: Groups) -> None:
     assert found == expected
 
 
-def world_of(groups: Groups) -> World:
-    return World(groups.world_group, groups.rank, groups.world_size, groups.device)
-
-
 def test_misplaced_tensors_are_caught(groups: Groups) -> None:
     with claimed_cuda() as device:
         here, there = torch.arange(3, device=device), torch.arange(3)
@@ -118,11 +116,11 @@ def test_bilevel_steps_and_their_resumption_stay_on_the_device(changes: dict, gr
     config = dataclasses.replace(CONFIG, **changes)
 
     def work(groups: Groups):
-        trainer = make_trainer(config, torch.float32, world_of(groups))
+        trainer = make_trainer(config, torch.float32, groups)
         steps = [trainer.step()]
         saved = tree_map(lambda value: to_cpu(value).clone() if isinstance(value, torch.Tensor) else value,
                          trainer.state_dict())  # fmt: skip
-        again = make_trainer(config, torch.float32, world_of(groups))
+        again = make_trainer(config, torch.float32, groups)
         again.load_state_dict(saved)
         steps.append(again.step())
         warnings = again.watch(steps[-1])
@@ -135,7 +133,6 @@ def test_bilevel_steps_and_their_resumption_stay_on_the_device(changes: dict, gr
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients_and_products_stay_on_the_device(family: str, recompute: bool, groups: Groups) -> None:
     sizes = architecture(family, tied=family == "llama", groups=1 if family == "llama" else 2)
-    options = {"kl_weight": 0.3, "l2_weight": 0.1, "micro_batch_size": 2, "recompute": recompute}
 
     def work(groups: Groups):
         device = groups.device
@@ -144,18 +141,21 @@ def test_gradients_and_products_stay_on_the_device(family: str, recompute: bool,
         teacher = type(random_teacher(1, 1))(*(t.to(device) for t in random_teacher(5, 9, dtype=torch.float32)))
         weights = random_weights(5, dtype=torch.float32).to(device)
         z = torch.nn.utils.parameters_to_vector(model.parameters()).detach() * 0.5
-        shared = {"teacher": teacher, "group": groups.world_group, **options}
-        products = [
-            curvature.curvature_product(model, batch, weights, z, curvature=kind, kl_direction=direction, **shared)
-            for kind in curvature.CURVATURES
+        execution = Execution(groups.world_group, 2, recompute)
+        losses = [
+            Loss(Objective(0.3, direction, 0.1, len(batch)), batch, weights, teacher)
             for direction in ("proxy_to_target", "target_to_proxy")
         ]
-        phi = curvature.validation_weights(batch, groups.world_group)
-        gradient = curvature.gradient(model, batch, weights, **shared)[1].flat
+        products = [
+            curvature.curvature_product(model, loss, z, execution, curvature=kind)
+            for kind in curvature.CURVATURES
+            for loss in losses
+        ]
+        phi = validation_loss(batch, groups.world_group)
+        gradients = [curvature.gradient(model, loss, execution) for loss in (*losses, phi)]
         low = precision_warnings(model, batch, torch.bfloat16, "gauss_newton")
-        losses = [(p.influence, p.sample_losses, p.sample_kl, p.loss, p.kl) for p in products]
-        found = [(p.gradient.flat, p.product.flat) for p in products]
-        return found, losses, phi, gradient, low
+        found = [(p.gradient.flat, p.product.flat, p.influence, p.sample_losses, p.loss, p.kl) for p in products]
+        return found, [(g.gradient.flat, g.sample_losses, g.sample_kl) for g in gradients], phi.weights, low
 
     assert_same(work, groups)
 
@@ -164,7 +164,7 @@ def test_the_proxys_warm_up_stays_on_the_device(groups: Groups) -> None:
     def work(groups: Groups):
         proxy = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, device=groups.device)
         batches = BatchSchedule(RandomUnits(20, 1), 4, seed=5, rank=0, world_size=1)
-        trainer = ProxyWarmup(ProxyConfig(warmup_optimizer=OPTIMIZER, warmup_iters=3), proxy, batches, world_of(groups))
+        trainer = ProxyWarmup(ProxyConfig(warmup_optimizer=OPTIMIZER, warmup_iters=3), proxy, batches, groups)
         return [trainer.step() for _ in range(3)]
 
     assert_same(work, groups)
@@ -282,9 +282,7 @@ def on_two_ranks(rank: int, world_size: int, folder: str) -> dict[str, bool]:
                 options = {"seq_length": SEQ_LENGTH, "params_dtype": torch.bfloat16}
                 target = build_target(config, NEOX, groups, seed=3, **options)
                 teacher = TargetTeacher(target, groups, VOCAB_SIZE)
-                trainer = make_trainer(
-                    CONFIG, torch.float32, world_of(groups), target_teacher=teacher, vocab_size=VOCAB_SIZE
-                )
+                trainer = make_trainer(CONFIG, torch.float32, groups, target_teacher=teacher, vocab_size=VOCAB_SIZE)
                 steps = [trainer.step() for _ in range(2)]
                 trainer.watch(steps[-1])
                 return steps, train_a_target(groups, target, **OVERLAPPED)[1]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.curvature import curvature_product
+from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.teacher import TargetTeacher
-from megatron_bliss.bilevel.train import World
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.trainers import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.runs import run
@@ -31,7 +32,8 @@ def test_a_curvature_product_equals_the_cpus(kind: str) -> None:
         model = build_lm(SIZES, vocab_size=VOCABULARY, seed=1, dtype=torch.float64, device=device)
         z = torch.nn.utils.parameters_to_vector(model.parameters()).detach() * 0.5
         weights = torch.full((4,), 0.25, dtype=torch.float64, device=device)
-        result = curvature_product(model, batch.to(torch.device(device)), weights, z, curvature=kind)
+        loss = Loss(Objective(), batch.to(torch.device(device)), weights)
+        result = curvature_product(model, loss, z, curvature=kind)
         results.append(torch.cat([result.product.flat, result.gradient.flat, result.influence]).cpu())
     assert torch.allclose(results[0], results[1], rtol=1e-9, atol=1e-12)
 

@@ -24,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when run as a script
 
 from megatron_bliss.base.files import atomic_file  # noqa: E402
+from megatron_bliss.base.parallel import World  # noqa: E402
 from megatron_bliss.bilevel.hypergradient import score_batch  # noqa: E402
-from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup, World  # noqa: E402
+from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup  # noqa: E402
 from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig  # noqa: E402
 from megatron_bliss.data.batches import BatchSchedule, UnitDataset, ValidationSet  # noqa: E402
 from megatron_bliss.data.manifest import read_manifest  # noqa: E402

@@ -107,9 +107,8 @@ class InfluenceRegression:
         batch = self.batches.at(self.steps_done).to(self.groups.device)
         targets = self.targets.to(self.groups.device)[batch.unit_ids]
         gradient, loss = vector.zeros(self.model), torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for start in range(0, len(batch), self.micro_batch_size):
-            part = batch.slice(start, start + self.micro_batch_size)
-            errors = self.model(part.tokens, part.lengths) - targets[start : start + self.micro_batch_size]
+        for rows, part in batch.micro_batches(self.micro_batch_size):
+            errors = self.model(part.tokens, part.lengths) - targets[rows]
             part_loss = errors.square().sum() / self.batch_size
             found = torch.autograd.grad(part_loss, list(self.model.parameters()))
             for total, added in zip(gradient.values(), found, strict=True):

@@ -27,14 +27,26 @@ from megatron_bliss.config.config import PlatformConfig, TargetConfig
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Where this rank stands. A model-parallel group is one replica of the target: its tensor x pipeline ranks."""
+class World:
+    """All ranks, over which proxy and score model are data-parallel, and this rank's place among them."""
 
+    world_group: dist.ProcessGroup | None
+    """None: this process is alone, without a process group."""
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
-    world_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes what all share."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Groups(World):
+    """The world with the target's layout. A model-parallel group is one replica of it: its tensor x pipeline ranks."""
+
+    local_rank: int
     tensor_model_parallel_group: dist.ProcessGroup
     pipeline_model_parallel_group: dist.ProcessGroup
     data_parallel_group: dist.ProcessGroup
@@ -85,11 +97,6 @@ class Groups:
         return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
 
     @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes what all share."""
-        return self.rank == 0
-
-    @property
     def sizes(self) -> dict[str, int]:
         """The layout, as checkpoints record it."""
         return {
@@ -124,11 +131,11 @@ def initialize(platform: PlatformConfig, target: TargetConfig, seed: int) -> Gro
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
+        world_group=dist.group.WORLD,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=local_rank,
         device=device,
-        world_group=dist.group.WORLD,
+        local_rank=local_rank,
         tensor_model_parallel_group=collection.tp,
         pipeline_model_parallel_group=collection.pp,
         data_parallel_group=collection.dp,

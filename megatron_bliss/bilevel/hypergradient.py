@@ -1,9 +1,10 @@
-"""From influences to the gradient of the upper level by the score model's parameters (eq. 7).
+"""From scores (1) and influences (6) to the gradient of the upper level by the score model's parameters (7).
 
-(6) d_i = <grad l_i, z>
+(1) s_i = a(f(theta_s; xi_i)), the score model's output (models/score.py)
 (7) grad Phi = - sum_i P_i (d_i - sum_j P_j d_j) grad s_i = sum_i c_i grad s_i,  c_i = - P_i (d_i - sum_j P_j d_j)
 
-sums over the global batch: one ordinary backward pass of a sum of scores with constant coefficients, one all-reduce.
+The sums run over the global batch. The coefficients c_i do not depend on theta_s once they are numbers, so (7) is one
+ordinary backward pass of a weighted sum of scores, and one all-reduce.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, parameter_total
+from megatron_bliss.bilevel import vector
+from megatron_bliss.bilevel.execution import ALONE, Execution
+from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype
+from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.score import ScoreModel
 
 
 @torch.no_grad()
-def score_batch(model: ScoreModel, batch, *, micro_batch_size: int = 0) -> Tensor:
-    """Scores [b] of a batch (eq. 1) without a graph, by micro-batches."""
-    parts = [model(part.tokens, part.lengths) for part in _micro_batches(batch, micro_batch_size)]
+def score_batch(model: ScoreModel, batch: Batch, *, micro_batch_size: int = 0) -> Tensor:
+    """(1) Scores s_i [b] of a batch without a graph, by micro-batches."""
+    parts = [model(part.tokens, part.lengths) for _, part in batch.micro_batches(micro_batch_size)]
     first = next(model.parameters())
-    empty = torch.zeros(0, dtype=accumulation_dtype(first.dtype), device=first.device)
+    empty = torch.zeros(0, dtype=accumulation_dtype(first.dtype), device=first.device)  # a rank may have no sample
     return torch.cat([empty, *parts])
 
 
 @torch.no_grad()
-def hypergradient_coefficients(weights: Tensor, influence: Tensor, group=None) -> Tensor:
-    """c [b] of eq. (7) from this rank's P [b] and d [b]; the mean of d runs over the whole group."""
+def hypergradient_coefficients(weights: Tensor, influence: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """c_i = - P_i (d_i - sum_j P_j d_j) of (7), [b], from this rank's P and d [b]; the mean runs over the whole group.
+
+    In fp64: the differences from the mean are small against the mean where a gradient is common to all samples.
+    """
     weights, influence = weights.detach().double(), influence.detach().double()
     mean = (weights * influence).sum()
     if group is not None:
@@ -36,44 +43,16 @@ def hypergradient_coefficients(weights: Tensor, influence: Tensor, group=None) -
 
 
 def hypergradient(
-    model: ScoreModel,
-    batch,
-    coefficients: Tensor,
-    *,
-    scores: Tensor | None = None,
-    group=None,
-    micro_batch_size: int = 0,
+    model: ScoreModel, batch: Batch, coefficients: Tensor, execution: Execution = ALONE
 ) -> ParameterVector:
-    """grad Phi by the score model's parameters (eq. 7), summed over the group.
-
-    ``scores`` [b] with their graph spare a forward pass; otherwise micro-batches are scored anew, one at a time.
-    """
+    """(7) grad Phi = sum_i c_i grad s_i by the score model's parameters, summed over the ranks; c [b]."""
     if coefficients.shape != (len(batch),):
         raise ValueError(f"found coefficients of shape {tuple(coefficients.shape)}, expected ({len(batch)},)")
-    parameters = dict(model.named_parameters())
-    first = next(iter(parameters.values()))
-    flat = torch.zeros(parameter_total(model), dtype=accumulation_dtype(first.dtype), device=first.device)
-    total = ParameterVector(model, flat)
-    if scores is not None:
-        _add_gradient(total, parameters, scores, coefficients)
-    else:
-        start = 0
-        for part in _micro_batches(batch, micro_batch_size):
-            with torch.enable_grad():
-                part_scores = model(part.tokens, part.lengths)
-            _add_gradient(total, parameters, part_scores, coefficients[start : start + len(part)])
-            start += len(part)
-    if group is not None:
-        dist.all_reduce(total.flat, group=group)
+    parameters, total = dict(model.named_parameters()), vector.zeros(model)
+    for rows, part in batch.micro_batches(execution.micro_batch_size):
+        with torch.enable_grad():
+            scores = model(part.tokens, part.lengths)  # [b]
+        found = torch.autograd.grad(scores, list(parameters.values()), coefficients[rows].detach().to(scores.dtype))
+        vector.add_by_name(total, parameters, found)
+    execution.add_over_ranks(total.flat)
     return total
-
-
-def _add_gradient(total: ParameterVector, parameters: dict, scores: Tensor, coefficients: Tensor) -> None:
-    found = torch.autograd.grad(scores, list(parameters.values()), coefficients.detach().to(scores.dtype))
-    for name, gradient in zip(parameters, found, strict=True):
-        total[name].add_(gradient)
-
-
-def _micro_batches(batch, size: int):
-    size = size or max(len(batch), 1)
-    return [batch.slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]

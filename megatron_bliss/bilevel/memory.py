@@ -11,7 +11,7 @@ allocators may add their own on top.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,46 +66,45 @@ def kept_bytes(device_memory: int) -> int:
     return max(KEPT_BYTES, int(device_memory * KEPT_SHARE))
 
 
-def step_bytes(
-    arch: Architecture,
-    samples: int,
-    seq_length: int,
-    *,
-    recompute: bool,
-    element_size: int = 4,
-    device: str = "cpu",
-    teacher: bool = False,
-) -> int:
-    """Estimated peak of one upper step over ``samples`` x ``seq_length`` tokens at once."""
-    sizes = {"recompute": recompute, "element_size": element_size, "device": device, "teacher": teacher}
-    return max(_walk_bytes(arch, samples * seq_length, **sizes), _score_bytes(arch, samples * seq_length, element_size))
+@dataclass(frozen=True)
+class StepShape:
+    """What the size of a step follows from, but for the samples that are worked on at once."""
+
+    arch: Architecture
+    """Of the proxy."""
+    seq_length: int
+    element_size: int = 4
+    """Bytes of a number in a pass."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    teacher: bool = False
+    """Whether there is a KL term."""
 
 
-def gradient_bytes(
-    arch: Architecture, samples: int, seq_length: int, *, recompute: bool, element_size: int = 4, device: str = "cpu"
-) -> int:
-    """The same of one ordinary gradient, such as a step of the proxy's warm-up or that of the validation loss."""
-    options = {"element_size": element_size, "device": device, "teacher": False, "dual": False}
-    return _walk_bytes(arch, samples * seq_length, recompute=recompute, **options)
+def step_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
+    """Estimated peak of one upper step over ``samples`` at once."""
+    walk = _walk_bytes(shape, samples, recompute=recompute, dual=True)
+    return max(walk, _score_bytes(shape.arch, samples * shape.seq_length, shape.element_size))
 
 
-def _walk_bytes(
-    arch: Architecture,
-    tokens: int,
-    *,
-    recompute: bool,
-    element_size: int,
-    device: str,
-    teacher: bool,
-    dual: bool = True,
-) -> int:
-    buffers, values, vectors = 4 if teacher else 2, 1 + dual, VECTORS if dual else 1
-    head = buffers * chunk_size(tokens, arch.vocab_size, torch.device(device)) * arch.vocab_size * 4
+def gradient_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
+    """The same of one ordinary gradient without KL, as in the proxy's warm-up or of the validation loss."""
+    return _walk_bytes(replace(shape, teacher=False), samples, recompute=recompute, dual=False)
+
+
+def _walk_bytes(shape: StepShape, samples: int, *, recompute: bool, dual: bool) -> int:
+    arch, tokens = shape.arch, samples * shape.seq_length
+    # buffers [chunk, v] of the head (head.py): probabilities and logits, with KL the teacher's and a scratch
+    buffers, values, vectors = 4 if shape.teacher else 2, 1 + dual, VECTORS if dual else 1
+    head = buffers * chunk_size(tokens, arch.vocab_size, torch.device(shape.device)) * arch.vocab_size * 4
     rows = 3 * values * tokens * arch.hidden_size  # hidden states at the head and their adjoints, with any tangents
     graph = block_elements(arch) * tokens
     inputs = values * arch.num_layers * arch.hidden_size * tokens
     blocks = inputs + values * BLOCK_FACTOR * graph if recompute else values * (arch.num_layers + 1) * graph
-    return 4 * vectors * parameter_count(arch) + max(head + rows * element_size, (rows + blocks) * element_size)
+    # the head's chunks are gone when the walk back begins: the larger of the two counts
+    return 4 * vectors * parameter_count(arch) + max(
+        head + rows * shape.element_size, (rows + blocks) * shape.element_size
+    )
 
 
 def _score_bytes(arch: Architecture, tokens: int, element_size: int) -> int:
@@ -117,22 +116,22 @@ def trunk_count(arch: Architecture) -> int:
     return parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
 
 
-def plan_step(arch: Architecture, samples: int, seq_length: int, *, limit_gib: float, **options) -> StepPlan:
+def plan_step(shape: StepShape, samples: int, limit_gib: float) -> StepPlan:
     """The largest micro-batch of at most ``samples`` whose step is estimated to stay under ``limit_gib``.
 
-    Prefers a larger micro-batch with recomputation to a smaller one without. ``options`` are those of ``step_bytes``.
-    Raises ValueError when a single sample is too large.
+    Prefers a larger micro-batch with recomputation to a smaller one without. Raises ValueError when a single sample is
+    too large.
     """
     limit = int(limit_gib * GIB)
 
     def size(count: int, recompute: bool) -> int:
-        return step_bytes(arch, count, seq_length, recompute=recompute, **options)
+        return step_bytes(shape, count, recompute=recompute)
 
     fitting = [count for count in range(1, samples + 1) if size(count, True) <= limit]
     if not fitting:
         raise ValueError(
             f"found bilevel.memory_limit_gib {limit_gib}, expected at least {size(1, True) / GIB:.2f} for one sample "
-            f"of {seq_length} tokens: raise it, or take a smaller proxy or a shorter data.seq_length"
+            f"of {shape.seq_length} tokens: raise it, or take a smaller proxy or a shorter data.seq_length"
         )
     count = max(fitting)
     keep = size(count, False) <= limit

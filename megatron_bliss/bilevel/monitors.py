@@ -17,7 +17,7 @@ import torch.distributed as dist
 PATIENCE = 5
 """Observations in a row after which a sign is believed: single batches are noisy."""
 UNIFORM_ENTROPY = 0.9999
-"""Share of log n: above it all samples weigh the same."""
+"""Share of log n, which is the entropy of equal weights: above it all samples weigh the same."""
 SATURATED_DEVIATION = 0.47
 """Standard deviation of sigmoid scores whose values are nearly all 0 or 1 (0.5 if half of them are each)."""
 
@@ -151,9 +151,10 @@ def check_replicas(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | 
     """
     if group is None:
         return
+    # sums, not elements: a device that computes wrongly is found for one small all-reduce
     sums = [s for tensor in tensors.values() for s in (tensor.double().sum(), tensor.double().square().sum())]
     found = torch.stack(sums)
-    extremes = torch.cat((found, -found))
+    extremes = torch.cat((found, -found))  # one maximum gives the largest and minus the smallest
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     spread = (extremes[: len(sums)] + extremes[len(sums) :]).view(-1, 2).abs().amax(1)
     wrong = [name for name, difference in zip(tensors, spread.tolist(), strict=True) if difference != 0.0]

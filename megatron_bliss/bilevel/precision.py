@@ -10,9 +10,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_bliss.bilevel import curvature
+from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.vector import ParameterVector, parameter_total
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.transformer import LanguageModel
@@ -29,6 +30,7 @@ class ComputeCopy:
     def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
         self.master = master
         same = next(master.parameters()).dtype == dtype or dtype == torch.float32
+        # trained weights stay fp32: an update is often smaller than half a bf16 step, and would be lost
         self._copy = None if same else copy.deepcopy(master).to(dtype).requires_grad_(True)
 
     @torch.no_grad()
@@ -50,6 +52,7 @@ def product_cosines(model: LanguageModel, batch: Batch, dtype: torch.dtype, kind
     weights = torch.full((len(batch),), 1 / len(batch), device=batch.tokens.device)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(parameter_total(model), generator=generator).to(batch.tokens.device)
+    # by parameter: one layer that is wrong would not show in a cosine over all
     exact = _product(model, torch.float64, batch, weights, z, kind)
     found = _product(model, dtype, batch, weights, z, kind)
     largest = max(float(value.norm()) / value.numel() ** 0.5 for value in exact.values())
@@ -63,7 +66,7 @@ def product_cosines(model: LanguageModel, batch: Batch, dtype: torch.dtype, kind
 def precision_warnings(model: LanguageModel, batch: Batch, dtype: torch.dtype, kind: str) -> list[str]:
     """Warnings that name the parameters whose products are off; ``ValueError`` where one is wrong."""
     cosines = product_cosines(model, batch, dtype, kind)
-    low = sorted((value, name) for name, value in cosines.items() if not value >= WARN_BELOW)
+    low = sorted((value, name) for name, value in cosines.items() if not value >= WARN_BELOW)  # NaN is low, too
     if not low:
         return []
     described = ", ".join(f"{name} {value:.3f}" for value, name in low[:5])
@@ -73,9 +76,12 @@ def precision_warnings(model: LanguageModel, batch: Batch, dtype: torch.dtype, k
     return [f"{text}: consider bilevel.params_dtype fp32"]
 
 
-def _product(model: LanguageModel, dtype: torch.dtype, batch: Batch, weights, z, kind: str) -> ParameterVector:
+def _product(
+    model: LanguageModel, dtype: torch.dtype, batch: Batch, weights: Tensor, z: Tensor, kind: str
+) -> ParameterVector:
     local = model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
-    return curvature.curvature_product(local, batch, weights.to(dtype), z.to(dtype), curvature=kind).product
+    loss = Loss(Objective(), batch, weights.to(dtype))
+    return curvature.curvature_product(local, loss, z.to(dtype), curvature=kind).product
 
 
 def _cut(batch: Batch) -> Batch:

@@ -1,35 +1,42 @@
-"""The bilevel stage: lower steps of the proxy, one upper step of the score model, and the loop of one round.
+"""The trainers: the proxy's warm-up, and the bilevel stage with its lower and upper steps.
 
-One upper step at (theta_p, theta_s), with 𝓑 the global batch over all ranks:
+One upper step at (theta_p, z, theta_s), with 𝓑 the global batch over all ranks and the default solver:
 
     P = softmax over 𝓑 of s_i(theta_s)                                           (1), (2)
     b = gradient of Phi at theta_p                                               (4)
-    one walk over the proxy: gradient of G, C·z, d_i = <grad l_i, z>             (3), (5), (6)
+    one walk over the proxy at z: gradient of G, C z, d_i = <grad l_i, z>        (3), (5), (6)
+    z <- z + eta (b - (C + delta) z)                                             (5), warm-started across steps
+    theta_p <- AdamW with the gradient of G                                      (3)
     theta_s <- AdamW with - sum_i P_i (d_i - sum_j P_j d_j) grad s_i             (7)
-    z <- z - eta ((C + delta) z - b)                                             (5), warm-started across steps
-    theta_p <- AdamW with the gradient of G
 
-All three unknowns move once per pass, as in SOBA (arXiv 2201.13409): the gradient that the walk makes anyway is the
-lower step's, so an upper step costs one walk, one validation gradient, and the score model's forward and backward.
+What stands on the right was all computed at the old values. All three unknowns move once per walk, as in SOBA (arXiv
+2201.13409): the gradient that the walk makes anyway is the lower step's, so an upper step costs one walk, one
+validation gradient, and the score model's forward and backward.
+
+Shapes: b samples of this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
+from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
-from megatron_bliss.bilevel.memory import plan_step
+from megatron_bliss.bilevel.memory import StepShape, plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
+from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
-from megatron_bliss.bilevel.solve import SolveInfo, SolverState, sgd_step_, solve
+from megatron_bliss.bilevel.solvers import SOLVERS, solve
+from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
 from megatron_bliss.config.config import BilevelConfig, ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
@@ -37,15 +44,8 @@ from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.models.transformer import LanguageModel
 
-
-@dataclass(frozen=True)
-class World:
-    """The ranks over which proxy and score model are data-parallel."""
-
-    group: dist.ProcessGroup | None
-    rank: int
-    size: int
-    device: torch.device
+if TYPE_CHECKING:
+    from megatron_bliss.base.parallel import World
 
 
 class ProxyWarmup:
@@ -54,19 +54,18 @@ class ProxyWarmup:
     def __init__(self, config: ProxyConfig, proxy: LanguageModel, train: BatchSchedule, world: World) -> None:
         self.proxy, self.train, self.world = proxy, train, world
         self.optimizer = Optimizer(proxy, config.warmup_optimizer, config.warmup_iters)
-        self.micro_batch_size = config.warmup_micro_batch_size
+        self.execution = Execution(world.world_group, config.warmup_micro_batch_size)
         self._passes = ComputeCopy(proxy, DTYPES[config.warmup_params_dtype])
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
         """One AdamW step; returns what to log."""
         batch = self.train.at(self.steps_done).to(self.world.device)
-        weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)
-        options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size}
-        loss, gradient = curvature.gradient(self._passes.refresh(), batch, weights, **options)
-        norm, rate = self.optimizer.step(gradient)
+        weights = torch.full((len(batch),), 1 / self.train.global_batch_size, device=self.world.device)  # [b]
+        found = curvature.gradient(self._passes.refresh(), Loss(Objective(), batch, weights), self.execution)
+        norm, rate = self.optimizer.step(found.gradient)
         self.steps_done += 1
-        return {"loss": float(loss), "grad_norm": norm, "lr": rate}
+        return {"loss": float(found.loss), "grad_norm": norm, "lr": rate}
 
     def watch(self, values: dict[str, float]) -> list[str]:
         """Nothing to warn of: the optimiser stops at a gradient that is not finite."""
@@ -95,7 +94,7 @@ class BilevelTrainer:
         config: BilevelConfig,
         proxy: LanguageModel,
         score_model: ScoreModel,
-        teacher: Callable[[torch.Tensor], Teacher] | None,
+        teacher: Callable[[Tensor], Teacher] | None,
         train: BatchSchedule,
         validation: BatchSchedule,
         world: World,
@@ -108,9 +107,11 @@ class BilevelTrainer:
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
         dtype = DTYPES[config.params_dtype]
         self._proxy_passes, self._score_passes = ComputeCopy(proxy, dtype), ComputeCopy(score_model, dtype)
-        self.z = vector.zeros(proxy).flat
+        self.z = vector.zeros(proxy).flat  # of the master's size and dtype, whatever passes run in
         self.solver = SolverState()
-        self.micro_batch_size, self.recompute = _split(config, proxy, train, validation)
+        self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
+        split = _split(config, proxy, train, validation)
+        self.execution = Execution(world.world_group, *split, compiled=config.compile)
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
         self.steps_done = 0
 
@@ -125,16 +126,16 @@ class BilevelTrainer:
         self.steps_done += 1
         return values
 
-    def _move_proxy(self, sample: _Sample) -> tuple[dict[str, float], torch.Tensor]:
+    def _move_proxy(self, sample: _Sample) -> tuple[dict[str, float], Tensor]:
         """Validation gradient, a step on the linear system and the last lower step; what to log, and d_i [b].
 
         The walk's gradient and product, each as large as the proxy, are freed before the score model needs room.
         """
-        validation_loss, b = self._validation_gradient()
+        phi, b = self._validation_gradient()  # at theta_p before its step, as the walk
         info, walk = self._solve(sample, b)
         _, rate = self.proxy_optimizer.step(walk.gradient)
         values = {
-            "validation_loss": float(validation_loss),
+            "validation_loss": float(phi),
             "lower_loss": float(walk.loss),
             "lr": rate,
             "residual": info.relative_residual,
@@ -143,16 +144,10 @@ class BilevelTrainer:
         }
         return values, walk.influence
 
-    def _move_score_model(self, sample: _Sample, influence: torch.Tensor) -> float:
+    def _move_score_model(self, sample: _Sample, influence: Tensor) -> float:
         """One AdamW step along the hypergradient (eq. 7); its norm before clipping."""
-        coefficients = hypergradient_coefficients(sample.weights, influence, self.world.group)
-        upper = hypergradient(
-            self._score_passes.refresh(),
-            sample.batch,
-            coefficients,
-            group=self.world.group,
-            micro_batch_size=self.micro_batch_size,
-        )
+        coefficients = hypergradient_coefficients(sample.weights, influence, self.world.world_group)
+        upper = hypergradient(self._score_passes.refresh(), sample.batch, coefficients, self.execution)
         return self.score_optimizer.step(upper)[0]
 
     def check_precision(self) -> list[str]:
@@ -169,7 +164,7 @@ class BilevelTrainer:
         Raises where a number is not finite or replicas differ.
         """
         replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
-        check_replicas(replicas, self.world.group)
+        check_replicas(replicas, self.world.world_group)
         return self.monitors.observe(self.steps_done, values)
 
     def state_dict(self) -> dict:
@@ -198,96 +193,61 @@ class BilevelTrainer:
 
     def _lower_step(self, number: int) -> None:
         """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
-        sample = self._sample(number)
-        proxy, options = self._proxy_passes.refresh(), self._lower_options(sample)
-        _, gradient = curvature.gradient(proxy, sample.batch, sample.weights, **options)
-        self.proxy_optimizer.step(gradient)
+        loss = self._lower_loss(self._sample(number))
+        self.proxy_optimizer.step(curvature.gradient(self._proxy_passes.refresh(), loss, self.execution).gradient)
 
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
-        size = self.micro_batch_size
-        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)
-        weights = global_softmax(scores, self.world.group, unit_ids=batch.unit_ids, micro_batch_size=size)
+        size = self.execution.micro_batch_size
+        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)  # [b]
+        weights = global_softmax(scores, self.world.world_group, unit_ids=batch.unit_ids, micro_batch_size=size)
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
 
-    def _lower_options(self, sample: _Sample) -> dict:
-        config = self.config
-        return {
-            "teacher": sample.teacher,
-            "kl_weight": config.kl_weight,
-            "kl_direction": config.kl_direction,
-            "num_samples": config.global_batch_size,
-            "l2_weight": config.l2_weight,
-            "group": self.world.group,
-            "micro_batch_size": self.micro_batch_size,
-            "recompute": self.recompute,
-            "compiled": config.compile,
-        }
+    def _lower_loss(self, sample: _Sample) -> Loss:
+        """G (eq. 3) on this rank's samples."""
+        return Loss(self.objective, sample.batch, sample.weights, sample.teacher)
 
-    def _validation_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _validation_gradient(self) -> tuple[Tensor, Tensor]:
         """Phi and b = grad Phi (eq. 4) on this step's validation batch."""
         batch = self.validation.at(self.steps_done).to(self.world.device)
-        weights = curvature.validation_weights(batch, self.world.group)
-        options = {"group": self.world.group, "micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
-        options["compiled"] = self.config.compile
-        loss, gradient = curvature.gradient(self._proxy_passes.refresh(), batch, weights, **options)
-        return loss, gradient.flat
+        phi = validation_loss(batch, self.world.world_group)
+        found = curvature.gradient(self._proxy_passes.refresh(), phi, self.execution)
+        return found.loss, found.gradient.flat
 
-    def _solve(self, sample: _Sample, b: torch.Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
-        """Move z towards the solution of (C + delta I) z = b; the walk that comes back has d_i and the lower gradient.
+    def _solve(self, sample: _Sample, b: Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
+        """Move z towards the solution of (C + delta I) z = b (eq. 5), and the walk that the rest of the step uses.
 
-        With sgd the walk that measures C z gives d_i at that z, so nothing is computed for them alone.
+        Every walk gives the gradient of G and the influences d_i at its z beside C z. So no walk is made for d_i alone
+        where they are wanted at the z of the last product.
         """
-        config = self.config
-        if config.solver == "sgd":
-            for index in range(config.solver_steps):
-                walk = self._walk(sample, self.z)
-                is_last = index == config.solver_steps - 1
-                info = sgd_step_(
-                    self.z,
-                    walk.product.flat,
-                    b if is_last else b.clone(),
-                    self.solver,
-                    config.damping,
-                    config.solver_max_step_size,
-                    decay=index == 0,
-                )
-                self.solver = info.state
-            return info, walk
-        self.z, info = solve(
-            lambda z: self._walk(sample, z).product.flat,
-            b,
-            self.z,
-            solver=config.solver,
-            steps=config.solver_steps,
-            damping=config.damping,
-            max_step_size=config.solver_max_step_size,
-            state=self.solver,
-        )
-        self.solver = info.state
-        return info, self._walk(sample, self.z)
+        config, keep_last = self.config, SOLVERS[self.config.solver].last_product_gives_influences
+        loss, walk = self._lower_loss(sample), None
 
-    def _walk(self, sample: _Sample, z: torch.Tensor) -> curvature.CurvatureProduct:
-        options = self._lower_options(sample)
-        return curvature.curvature_product(
-            self._proxy_passes.refresh(), sample.batch, sample.weights, z, curvature=self.config.curvature, **options
-        )
+        def product(z: Tensor) -> Tensor:
+            nonlocal walk
+            walk = None  # its vectors are freed before the next walk makes its own
+            made = self._walk(loss, z)
+            walk = made if keep_last else None
+            return made.product.flat
+
+        system = LinearSystem(product, b, config.damping)
+        limit = config.solver_max_step_size
+        self.z, info = solve(config.solver, system, self.z, self.solver, steps=config.solver_steps, max_step_size=limit)
+        self.solver = info.state
+        return info, self._walk(loss, self.z) if walk is None else walk
+
+    def _walk(self, loss: Loss, z: Tensor) -> curvature.CurvatureProduct:
+        proxy, kind = self._proxy_passes.refresh(), self.config.curvature
+        return curvature.curvature_product(proxy, loss, z, self.execution, curvature=kind)
 
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
         """Sums over the global batch, in one small all-reduce."""
         n, p, s = self.config.global_batch_size, sample.weights.double(), sample.scores.double()
-        sums = torch.stack(
-            [
-                walk.sample_losses.double().sum() / n,
-                -(p * p.log()).sum(),
-                (p * p).sum(),
-                s.sum() / n,
-                (s * s).sum() / n,
-            ]
-        )
-        if self.world.group is not None:
-            dist.all_reduce(sums, group=self.world.group)
+        losses = walk.sample_losses.double()
+        # effective samples: 1 / sum P², the number of equal weights that are as uneven
+        sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
+        self.execution.add_over_ranks(sums)
         train_loss, entropy, square, mean, second_moment = sums.tolist()
         return {
             "train_loss": train_loss,
@@ -304,8 +264,8 @@ class _Sample:
     """A batch of the lower level with its scores s_i [b], weights P_i [b] and the target's view of it."""
 
     batch: Batch
-    scores: torch.Tensor
-    weights: torch.Tensor
+    scores: Tensor
+    weights: Tensor
     teacher: Teacher | None
 
 
@@ -325,17 +285,11 @@ def split_batch(
     where graphs are large), or the largest split under the memory limit."""
     if not config.memory_limit_gib:
         return config.micro_batch_size, None
-    plan = plan_step(
-        proxy,
-        samples,
-        seq_length,
-        limit_gib=config.memory_limit_gib,
-        element_size=DTYPES[config.params_dtype].itemsize,
-        device=device,
-        teacher=config.kl_weight > 0,
-    )
+    element_size = DTYPES[config.params_dtype].itemsize
+    shape = StepShape(proxy, seq_length, element_size, device, teacher=config.kl_weight > 0)
+    plan = plan_step(shape, samples, config.memory_limit_gib)
     return plan.micro_batch_size, plan.recompute
 
 
-def _flat(model: torch.nn.Module) -> torch.Tensor:
+def _flat(model: torch.nn.Module) -> Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()

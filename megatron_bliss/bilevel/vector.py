@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,22 @@ def as_vector(model: nn.Module, vector: Tensor | dict[str, Tensor]) -> dict[str,
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: fp32 under bf16 and fp16, whose 8 and 11 bits lose small terms; else the dtype itself."""
+    """What sums are kept in: fp32 under bf16 and fp16, else the dtype itself.
+
+    A sum of many micro-batches in bf16 stops growing once its terms are below 1/256 of it.
+    """
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out [m, n] += left [m, k] @ right [k, n]; the sum is in out's dtype, the product in that of its factors."""
-    if out.dtype == left.dtype:
+    if out.dtype == left.dtype:  # no matrix product adds to an output of another dtype
         out.addmm_(left, right)
     else:
         out.add_(left @ right)
+
+
+def add_by_name(sums: dict[str, Tensor], names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Add each tensor to the sum of its name."""
+    for name, tensor in zip(names, tensors, strict=True):
+        sums[name].add_(tensor)

@@ -2,11 +2,13 @@
 
 A walk has ``forward(x) -> y`` (input of the first block to output of the last) and ``backward(adjoint) -> adjoint of
 x``; parameters' gradients and products are added to the scene's vectors. The caller has gradients switched off.
+
+Shapes: b samples, s tokens, w hidden size; a leading 2 as in dual.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from megatron_bliss.bilevel.dual import Duals
 from megatron_bliss.bilevel.kernels import EAGER, Kernels
+from megatron_bliss.bilevel.vector import add_by_name
 from megatron_bliss.models.operations import Rotary, Values
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.transformer import BLOCKS, block_prefixes
@@ -34,9 +37,17 @@ class Scene:
 
     def duals(self, prefix: str) -> Duals:
         """Operations on (value, tangent) pairs for the parameters under ``prefix``."""
-        sums = {"gradient": self.gradient, "product": self.product, "coupled": not self.gauss_newton}
-        sums["kernels"] = self.kernels
-        return Duals(self.parameters, self.vector, prefix, self.rotary, self.arch, **sums)
+        return Duals(
+            self.parameters,
+            self.vector,
+            prefix,
+            self.rotary,
+            self.arch,
+            gradient=self.gradient,
+            product=self.product,
+            coupled=not self.gauss_newton,
+            kernels=self.kernels,
+        )
 
     def values(self, prefix: str, parameters: dict[str, Tensor] | None = None) -> Values:
         """Operations on values alone."""
@@ -64,6 +75,7 @@ class Walk:
                 self.inputs.append(x)
                 x = self.run(prefix, x, {})
             return x
+        # one graph over all blocks; it starts at leaves of its own, so that nothing reaches the model's parameters
         start, leaves = x.requires_grad_(), self.leaves("blocks.")
         with torch.enable_grad():
             for prefix in prefixes:
@@ -74,7 +86,7 @@ class Walk:
     def backward(self, adjoint: Tensor) -> Tensor:
         """The adjoint of the first block's input; block by block where only inputs were kept."""
         if self.keep:
-            whole, self.whole = self.whole, None
+            whole, self.whole = self.whole, None  # so that autograd frees the graph as it goes
             return self.differentiate(*whole, adjoint)
         for prefix in reversed(block_prefixes(self.scene.arch)):
             x, leaves = self.inputs.pop().requires_grad_(), self.leaves(prefix)
@@ -112,7 +124,11 @@ class DualWalk(Walk):
 
 
 class GaussNewtonWalk(Walk):
-    """Dual activations forward; back, plain blocks recomputed and two cotangents [2, b, s, w] sent through each."""
+    """Dual activations forward; back, plain blocks recomputed and two cotangents [2, b, s, w] sent through each.
+
+    A Gauss-Newton product is Jᵀ (M (J z)): forward mode gives J z, and the way back is the transposed Jacobian, which
+    knows no tangents. So the blocks' tangents need not be kept.
+    """
 
     def __init__(self, scene: Scene):
         super().__init__(scene, keep=False)
@@ -120,21 +136,15 @@ class GaussNewtonWalk(Walk):
     def forward(self, x: Tensor) -> Tensor:
         """One forward-mode pass, keeping the value of each block's input."""
         for prefix in block_prefixes(self.scene.arch):
-            self.inputs.append(x[0].clone())
+            self.inputs.append(x[0].clone())  # a view would keep the tangent alive
             x = self.scene.block(self.scene.duals(prefix), x)
         return x
 
     def differentiate(self, y: Tensor, x: Tensor, leaves: dict[str, Tensor], adjoint: Tensor) -> Tensor:
         """[Gauss-Newton cotangent, adjoint] of x from y's; products and gradients are added to the scene's."""
-        out = torch.empty_like(adjoint)
+        out = torch.empty_like(adjoint)  # [2, b, s, w]
         for index, sums in ((1, self.scene.gradient), (0, self.scene.product)):
             found = torch.autograd.grad(y, [x, *leaves.values()], adjoint[index], retain_graph=index == 1)
             out[index] = found[0]
             add_by_name(sums, leaves, found[1:])
         return out
-
-
-def add_by_name(sums: dict[str, Tensor], names: Iterable[str], tensors: Iterable[Tensor]) -> None:
-    """Add each tensor to the sum of its name."""
-    for name, tensor in zip(names, tensors, strict=True):
-        sums[name].add_(tensor)

@@ -9,6 +9,7 @@ Shapes: b samples, s tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,16 @@ class Batch:
     def slice(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop``."""
         return Batch(*(tensor[start:stop] for tensor in self._fields()))
+
+    def micro_batches(self, size: int) -> Iterator[tuple[slice, Batch]]:
+        """(rows, samples) of at most ``size`` samples at a time, 0: all at once; ``rows`` cuts other tensors [b] alike.
+
+        An empty batch has none.
+        """
+        size = size or max(len(self), 1)
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, self.slice(rows.start, rows.stop)
 
     def _fields(self) -> tuple[torch.Tensor, ...]:
         return self.tokens, self.label_mask, self.lengths, self.unit_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,42 +30,51 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def run_steps(
-    trainer: Trainer,
-    total_steps: int,
-    *,
-    folder: Path,
-    save_interval: int,
-    log_interval: int,
-    metrics: MetricsLogger,
-    labels: dict,
-    groups: Groups,
-    show_progress: bool,
-) -> None:
-    """Train to ``total_steps``, from the state in ``folder`` if any; a resumed run equals an uninterrupted one.
+@dataclass(frozen=True)
+class Bookkeeping:
+    """Where a trainer's state and numbers are kept, and how often."""
+
+    folder: Path
+    save_interval: int
+    """Steps between two states on disk."""
+    log_interval: int
+    """Steps between two lines of metrics."""
+    metrics: MetricsLogger
+    labels: dict
+    """arm, round and stage of every line; round 0 is the warm-up."""
+    show_progress: bool
+
+    @property
+    def description(self) -> str:
+        """What the progress line and warnings call the training."""
+        labels = self.labels
+        return " ".join(["warm-up" if not labels["round"] else f"round {labels['round']}", labels["stage"]])
+
+
+def run_steps(trainer: Trainer, total_steps: int, books: Bookkeeping, groups: Groups) -> None:
+    """Train to ``total_steps``, from the state in the folder if any; a resumed run equals an uninterrupted one.
 
     The state is the same on every rank and written once, so that any number of ranks can go on from it.
     """
-    path = folder / "latest.pt"
+    path, description = books.folder / "latest.pt", books.description
     with failing_together(groups):
         if path.is_file():
             trainer.load_state_dict(checkpoint.load_state(path, groups.device))
-    metrics.truncate(**labels, step=trainer.steps_done)
-    description = " ".join(["warm-up" if not labels["round"] else f"round {labels['round']}", labels["stage"]])
+    books.metrics.truncate(**books.labels, step=trainer.steps_done)
     with progress(
-        total_steps, description=description, unit="steps", enabled=show_progress, initial=trainer.steps_done
+        total_steps, description=description, unit="steps", enabled=books.show_progress, initial=trainer.steps_done
     ) as bar:
         while trainer.steps_done < total_steps:
             values = trainer.step()
             step, is_last = trainer.steps_done, trainer.steps_done == total_steps
-            if step % log_interval == 0 or is_last:
+            if step % books.log_interval == 0 or is_last:
                 for warning in trainer.watch(values):
                     if groups.is_main:
                         print(f"warning: {description}, {warning}", file=sys.stderr, flush=True)
-                metrics.log(step, values, **labels)
+                books.metrics.log(step, values, **books.labels)
                 bar.set(**{name: values[name] for name in SHOWN if name in values})
             bar.update(1)
-            if step % save_interval == 0 and not is_last:
+            if step % books.save_interval == 0 and not is_last:
                 with failing_together(groups):
                     if groups.is_main:
                         checkpoint.save_state(path, trainer.state_dict())

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from megatron_bliss.config.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step`` of ``total_steps``: linear warm-up, then as ``lr_decay_style`` says."""
-    if step < config.lr_warmup_iters:
-        return config.lr * (step + 1) / config.lr_warmup_iters
-    decay, first = config.lr_decay_style, config.lr_warmup_iters
-    if decay == "constant":
-        return config.lr
-    if decay == "WSD":
-        decay, first = config.lr_wsd_decay_style, max(first, total_steps - config.lr_wsd_decay_iters)
-    done = min(1.0, max(0, step - first) / max(1, total_steps - first))
-    return config.min_lr + (config.lr - config.min_lr) * DECAYS[decay](done)
+    """Learning rate of 0-based ``step`` of ``total_steps``: megatron-core's schedule, a step ahead during warm-up.
 
+    The first step has 1 / lr_warmup_iters of the rate, where the target's has 0: no step of a small model is lost. The
+    decay begins with the step after the warm-up, as the target's.
+    """
+    from megatron_bliss.base.learning_rate import rate_after  # here: it loads megatron-core, which takes seconds
 
-DECAYS: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "exponential": lambda done: 2.0 * 0.5**done - 1.0,
-    "minus_sqrt": lambda done: 1.0 - math.sqrt(done),
-}
-"""The share of the way from min_lr to lr that is left, by the share of the decay that is done; as in megatron-core."""
+    room = max(0, total_steps - config.lr_warmup_iters)
+    settings = replace(config, lr_wsd_decay_iters=min(config.lr_wsd_decay_iters, room))
+    return rate_after(settings, step + (step < config.lr_warmup_iters), total_steps)
 
 
 class Optimizer:
     """AdamW on a small model, with gradients given by name rather than left in ``.grad`` by autograd."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+        if not 0 <= config.min_lr <= config.lr:
+            raise ValueError(
+                f"found min_lr={config.min_lr} and lr={config.lr} in an optimizer of the small models, expected min_lr "
+                "from 0 to lr: lower it"
+            )
         self.config, self.total_steps, self.steps_done = config, total_steps, 0
         self.parameters = dict(model.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
@@ -55,15 +52,18 @@ class Optimizer:
         ``gradient`` must be the same on every rank; it is clipped in place, because a copy would be as large as the
         model. Raises ``FloatingPointError`` when its norm is not finite, before anything is changed.
         """
-        norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradient.values()])))
+        # in fp64, so that the scale is rounded once
+        total_norm = get_total_norm(gradient.values()).double()
+        norm = float(total_norm)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"found gradient norm {norm} at step {self.steps_done}, expected a finite number: lower the learning "
                 "rate or, if it came from the linear system, bilevel.solver_max_step_size"
             )
-        scale = min(1.0, self.config.clip_grad / (norm + 1e-6)) if self.config.clip_grad > 0 else 1.0
         for name, parameter in self.parameters.items():
-            parameter.grad = gradient[name].mul_(scale)
+            parameter.grad = gradient[name]
+        if self.config.clip_grad > 0:
+            clip_grads_with_norm_(self.parameters.values(), self.config.clip_grad, total_norm)
         rate = learning_rate(self.config, self.steps_done, self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate

@@ -13,6 +13,7 @@ from megatron_bliss.arms.arm import Memory, Sizes
 from megatron_bliss.base.platform import DTYPES, choose_dtype
 from megatron_bliss.bilevel.memory import (
     GIB,
+    StepShape,
     block_elements,
     gradient_bytes,
     graph_bytes,
@@ -137,16 +138,9 @@ class _Sizing:
         at_once, recompute = split_batch(settings, self.proxy, samples, seq_length, device=self.device)
         at_once = min(at_once or samples, samples)
         large = graph_bytes(self.proxy, at_once * seq_length, element_size, dual=True) > self.kept_bytes
-        options = {"element_size": element_size, "device": self.device}
+        shape = StepShape(self.proxy, seq_length, element_size, self.device, teacher=settings.kl_weight > 0)
         working = max(
-            step_bytes(
-                self.proxy,
-                at_once,
-                seq_length,
-                recompute=large if recompute is None else recompute,
-                teacher=settings.kl_weight > 0,
-                **options,
-            ),
+            step_bytes(shape, at_once, recompute=large if recompute is None else recompute),
             self._gradient_bytes(at_once, element_size, recompute),
         )
         if settings.kl_weight > 0:
@@ -160,8 +154,8 @@ class _Sizing:
         if recompute is None:
             tokens = samples * self.seq_length
             recompute = graph_bytes(self.proxy, tokens, element_size, dual=False) > self.kept_bytes
-        options = {"recompute": recompute, "element_size": element_size, "device": self.device}
-        return gradient_bytes(self.proxy, samples, self.seq_length, **options)
+        shape = StepShape(self.proxy, self.seq_length, element_size, self.device)
+        return gradient_bytes(shape, samples, recompute=recompute)
 
     def _teacher_bytes(self, samples: int) -> tuple[int, int]:
         """(output matrix and this rank's hidden states, a forward pass over the model-parallel group's samples)."""

@@ -1,8 +1,8 @@
 """What a run will take, before it runs: FLOPs, tokens and time of every stage, memory of a rank, data and disk.
 
 Nothing of a run is built or written, so that a laptop plans any size. FLOPs are the numbers that the stages record when
-they are done, by the same functions (models/flops.py), where the corpus is there; time is those numbers over what the
-devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
+they are done, by the same functions (flops.py of models and bilevel), where the corpus is there; time is those numbers
+over what the devices are assumed to reach; memory of activations and of the bilevel stage is estimated.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import partial
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Shard
 from megatron_bliss.base.parallel import check_world_size
+from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.config.config import Config, PlatformConfig
-from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops, training_flops
+from megatron_bliss.models.flops import proxy_warmup_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import memory_plan

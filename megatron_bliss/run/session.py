@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.bilevel.train import World
 from megatron_bliss.config.config import Config
 from megatron_bliss.data.batches import BatchSchedule, BatchSource
 from megatron_bliss.data.manifest import read_manifest
@@ -63,12 +62,6 @@ class Session:
     @cached_property
     def proxy_architecture(self) -> Architecture:
         return configured_architecture("proxy", self.config.proxy, self.vocab_size)
-
-    @property
-    def world(self) -> World:
-        """Proxy and score model are replicated: data-parallel over all ranks."""
-        groups = self.groups
-        return World(groups.world_group, groups.rank, groups.world_size, groups.device)
 
     @property
     def show_progress(self) -> bool:

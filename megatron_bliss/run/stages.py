@@ -19,6 +19,7 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.base.platform import DTYPES
+from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
@@ -26,8 +27,8 @@ from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.models.flops import bilevel_flops, proxy_warmup_flops
-from megatron_bliss.models.loop import Trainer, run_steps
+from megatron_bliss.models.flops import proxy_warmup_flops
+from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
@@ -50,7 +51,7 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
         load_pretrained_proxy(proxy, config.proxy.pretrained_checkpoint)
     source = UnitDataset(shard_prefix(session, 0), config.data.seq_length, session.vocab_size)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
-    trainer = ProxyWarmup(config.proxy, proxy, batches, session.world)
+    trainer = ProxyWarmup(config.proxy, proxy, batches, session.groups)
     _run_trainer(warmup(session), trainer, config.proxy.warmup_iters, folder, "proxy")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
     return {"flops": proxy_warmup_flops(config.proxy, session.proxy_architecture, config.data.seq_length)}
@@ -71,7 +72,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
         teacher,
         session.schedule(train, config.bilevel.global_batch_size, "bilevel", this.number),
         session.schedule(validation, config.bilevel.validation_batch_size, "validation", this.number),
-        session.world,
+        session.groups,
     )
     warnings = trainer.check_precision()
     for warning in warnings if session.groups.is_main else []:
@@ -245,17 +246,15 @@ def _teacher(this: Round) -> TargetTeacher:
 
 def _run_trainer(this: Round, trainer: Trainer, steps: int, folder: Path, stage: str) -> None:
     session = this.session
-    run_steps(
-        trainer,
-        steps,
+    books = Bookkeeping(
         folder=folder,
         save_interval=session.config.checkpoint.save_interval,
         log_interval=session.config.logging.log_interval,
         metrics=session.metrics,
         labels={**this.labels, "stage": stage},
-        groups=session.groups,
         show_progress=session.show_progress,
     )
+    run_steps(trainer, steps, books, session.groups)
 
 
 def _save_final(session: Session, folder: Path, state: dict) -> None:

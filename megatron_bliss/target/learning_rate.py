@@ -10,33 +10,14 @@ from dataclasses import replace
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_bliss.base import learning_rate
 from megatron_bliss.config.config import OptimizerConfig
-
-
-class _NoOptimizer:
-    """What the scheduler asks of an optimizer, where only its rate is wanted."""
-
-    param_groups: tuple = ()
 
 
 def build_scheduler(optimizer, settings: OptimizerConfig, total_iterations: int) -> OptimizerParamScheduler:
     """megatron-core's scheduler of an optimizer; ValueError where the options contradict each other."""
     _check(settings, total_iterations)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=max(total_iterations, settings.lr_warmup_iters + 1),
-        lr_decay_style=settings.lr_decay_style,
-        wsd_decay_steps=settings.lr_wsd_decay_iters,
-        lr_wsd_decay_style=settings.lr_wsd_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
+    return learning_rate.build_scheduler(optimizer, settings, total_iterations)
 
 
 def set_iteration(scheduler: OptimizerParamScheduler, settings: OptimizerConfig, iteration: int) -> None:
@@ -50,9 +31,8 @@ def set_iteration(scheduler: OptimizerParamScheduler, settings: OptimizerConfig,
 
 def learning_rate_at(settings: OptimizerConfig, iteration: int, total_iterations: int) -> float:
     """The rate of the update that follows ``iteration`` finished ones."""
-    scheduler = build_scheduler(_NoOptimizer(), settings, total_iterations)
-    scheduler.num_steps = iteration
-    return scheduler.get_lr({})
+    _check(settings, total_iterations)
+    return learning_rate.rate_after(settings, iteration, total_iterations)
 
 
 def branch_settings(

@@ -22,7 +22,7 @@ from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, ScoreC
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.convert import converted, proxy_layout, target_layout
-from megatron_bliss.models.loop import run_steps
+from megatron_bliss.models.loop import Bookkeeping, run_steps
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import LanguageModel
 from megatron_bliss.plan.plan import Machine, make_plan
@@ -239,10 +239,8 @@ def test_weights_are_left_as_they_were(folder: Path) -> None:
 def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
     def fit(trainer, steps: int) -> None:
         metrics = MetricsLogger(parts / "log", is_writer=groups.is_main, tensorboard=False)
-        run_steps(
-            trainer, steps, folder=parts, save_interval=2, log_interval=1, metrics=metrics,
-            labels={"arm": "mates", "round": 1, "stage": "score"}, groups=groups, show_progress=False,
-        )  # fmt: skip
+        labels = {"arm": "mates", "round": 1, "stage": "score"}
+        run_steps(trainer, steps, Bookkeeping(parts, 2, 1, metrics, labels, False), groups)
         metrics.close()
 
     defaults = {

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_bliss.bilevel.head import Teacher
+from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
@@ -59,6 +60,11 @@ def random_teacher(samples, length, vocab=23, width=7, *, seed=0, dtype=torch.fl
     generator = torch.Generator().manual_seed(seed)
     shapes = (samples, length, width), (vocab, width)
     return Teacher(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes))
+
+
+def lower_loss(batch, weights, *, teacher=None, num_samples=0, **options):
+    """G (eq. 3) on a batch, with the options of ``reference.lower``; n is the batch's size where nothing is said."""
+    return Loss(Objective(num_samples=num_samples or len(batch), **options), batch, weights, teacher)
 
 
 def random_weights(samples, *, seed=0, dtype=torch.float64):

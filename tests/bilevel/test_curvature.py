@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bliss.bilevel import attention, curvature
+from megatron_bliss.bilevel.execution import Execution
+from megatron_bliss.bilevel.objective import validation_loss
 from tests.bilevel import reference
 from tests.bilevel.problems import (
     language_model,
+    lower_loss,
     random_batch,
     random_teacher,
     random_vector,
@@ -32,8 +35,9 @@ def kl_options(direction, samples, length, weight=0.6):
     return {"teacher": teacher, "kl_weight": weight, "kl_direction": direction, "l2_weight": 0.01}
 
 
-def check_all(model, batch, P, z, options, engine, tolerance):
+def check_all(model, batch, P, z, options, execution, tolerance):
     """Every public function against the reference."""
+    G = lower_loss(batch, P, **options)
     loss, gradient = reference.gradient(model, batch, P, **options)
     d = reference.influences(model, batch, z)
     references = {
@@ -41,12 +45,12 @@ def check_all(model, batch, P, z, options, engine, tolerance):
         "gauss_newton": reference.gauss_newton_product(model, batch, P, z, **options),
     }
     for name, product in references.items():
-        found = curvature.curvature_product(model, batch, P, z, curvature=name, **options, **engine)
+        found = curvature.curvature_product(model, G, z, execution, curvature=name)
         pairs = [(found.loss, loss), (found.gradient.flat, gradient), (found.product.flat, product)]
         for value, expected in [*pairs, (found.influence, d)]:
             assert relative_error(value, expected) < tolerance
-    value, found = curvature.gradient(model, batch, P, **options, **engine)
-    assert relative_error(value, loss) < tolerance and relative_error(found.flat, gradient) < tolerance
+    found = curvature.gradient(model, G, execution)
+    assert relative_error(found.loss, loss) < tolerance and relative_error(found.gradient.flat, gradient) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,14 +60,15 @@ def check_all(model, batch, P, z, options, engine, tolerance):
 def test_equals_double_backward(family, tied, direction, recompute):
     model, batch, P, z = problem(family, tied=tied)
     options = {} if direction == "none" else kl_options(direction, 3, 9)
-    check_all(model, batch, P, z, options, {"recompute": recompute, "micro_batch_size": 2}, 1e-9)
+    check_all(model, batch, P, z, options, Execution(recompute=recompute, micro_batch_size=2), 1e-9)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_equals_double_backward(family):
     model, batch, P, z = problem(family)
-    check_all(model, batch, P, z, kl_options("proxy_to_target", 3, 9), {"compiled": True, "recompute": True}, 1e-9)
+    execution = Execution(compiled=True, recompute=True)
+    check_all(model, batch, P, z, kl_options("proxy_to_target", 3, 9), execution, 1e-9)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -78,7 +83,7 @@ def test_compiled_equals_double_backward(family):
 )
 def test_equals_double_backward_on_random_shapes(family, samples, length, layers, micro, direction, seed):
     model, batch, P, z = problem(family, samples=samples, length=length, layers=layers, seed=seed)
-    check_all(model, batch, P, z, kl_options(direction, samples, length), {"micro_batch_size": micro}, 1e-9)
+    check_all(model, batch, P, z, kl_options(direction, samples, length), Execution(micro_batch_size=micro), 1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,7 +92,7 @@ def test_several_attention_blocks(family, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", 40)
     model, batch, P, z = problem(family, samples=4, length=14)
-    check_all(model, batch, P, z, kl_options("proxy_to_target", 4, 14), {"recompute": True}, 1e-9)
+    check_all(model, batch, P, z, kl_options("proxy_to_target", 4, 14), Execution(recompute=True), 1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +104,7 @@ def test_single_precision(family):
     options["teacher"] = random_teacher(3, 9, dtype=torch.float32)
     model.float()
     for name, product in (("hessian", expected), ("gauss_newton", gauss_newton)):
-        found = curvature.curvature_product(model, batch, P.float(), z.float(), curvature=name, **options)
+        found = curvature.curvature_product(model, lower_loss(batch, P.float(), **options), z.float(), curvature=name)
         assert relative_error(found.product.flat.double(), product) < 1e-4
 
 
@@ -107,13 +112,12 @@ def test_single_precision(family):
 def test_bfloat16_keeps_direction_and_sums_in_single_precision(family):
     model, batch, P, z = problem(family)
     options = kl_options("proxy_to_target", 3, 9)
-    expected = curvature.curvature_product(model, batch, P, z, curvature="gauss_newton", **options)
+    expected = curvature.curvature_product(model, lower_loss(batch, P, **options), z, curvature="gauss_newton")
     options["teacher"] = random_teacher(3, 9, dtype=torch.bfloat16)
     model.bfloat16()
     for recompute in (False, True):
-        found = curvature.curvature_product(
-            model, batch, P, z.bfloat16(), curvature="gauss_newton", recompute=recompute, **options
-        )
+        G, execution = lower_loss(batch, P, **options), Execution(recompute=recompute)
+        found = curvature.curvature_product(model, G, z.bfloat16(), execution, curvature="gauss_newton")
         for name in ("gradient", "product"):
             low, high = getattr(found, name).flat, getattr(expected, name).flat.float()
             assert low.dtype == torch.float32
@@ -123,10 +127,10 @@ def test_bfloat16_keeps_direction_and_sums_in_single_precision(family):
 @pytest.mark.parametrize("name", ["hessian", "gauss_newton"])
 def test_symmetric_and_linear(name):
     model, batch, P, u = problem("llama")
-    v, options = random_vector(model, 1), kl_options("proxy_to_target", 3, 9)
+    v, G = random_vector(model, 1), lower_loss(batch, P, **kl_options("proxy_to_target", 3, 9))
 
     def product(z):
-        return curvature.curvature_product(model, batch, P, z, curvature=name, **options).product.flat
+        return curvature.curvature_product(model, G, z, curvature=name).product.flat
 
     left, right = product(u), product(v)
     assert abs(float(v @ left - u @ right)) < 1e-11 * float(left.norm() * v.norm())
@@ -136,12 +140,9 @@ def test_symmetric_and_linear(name):
 @pytest.mark.parametrize("direction", ["proxy_to_target", "target_to_proxy"])
 def test_gauss_newton_is_positive_semi_definite(direction):
     model, batch, P, _ = problem("gpt_neox", layers=1)
-    options = kl_options(direction, 3, 9) | {"l2_weight": 0.0}
+    G = lower_loss(batch, P, **kl_options(direction, 3, 9) | {"l2_weight": 0.0})
     basis = torch.linalg.qr(torch.stack([random_vector(model, seed) for seed in range(12)], 1))[0]
-    columns = [
-        curvature.curvature_product(model, batch, P, z, curvature="gauss_newton", **options).product.flat
-        for z in basis.T
-    ]
+    columns = [curvature.curvature_product(model, G, z, curvature="gauss_newton").product.flat for z in basis.T]
     projected = basis.T @ torch.stack(columns, 1)
     eigenvalues = torch.linalg.eigvalsh((projected + projected.T) / 2)
     assert eigenvalues.min() > -1e-12 and eigenvalues.max() > 1e-6
@@ -150,8 +151,9 @@ def test_gauss_newton_is_positive_semi_definite(direction):
 def test_hessian_can_be_indefinite_where_gauss_newton_is_not():
     """The two curvatures differ: a sign error in the coupling terms would show here."""
     model, batch, P, z = problem("gpt_neox")
+    G = lower_loss(batch, P)
     hessian, gauss_newton = (
-        curvature.curvature_product(model, batch, P, z, curvature=c).product.flat for c in ("hessian", "gauss_newton")
+        curvature.curvature_product(model, G, z, curvature=c).product.flat for c in ("hessian", "gauss_newton")
     )
     assert relative_error(hessian, gauss_newton) > 1e-2
 
@@ -159,11 +161,10 @@ def test_hessian_can_be_indefinite_where_gauss_newton_is_not():
 def test_micro_batches_change_nothing_and_vector_may_be_named():
     model, batch, P, z = problem("llama", samples=5)
     named = {n: t.view_as(p) for (n, p), t in zip(model.named_parameters(), z.split(sizes(model)), strict=True)}
-    whole = curvature.curvature_product(model, batch, P, z, **kl_options("target_to_proxy", 5, 9))
+    G = lower_loss(batch, P, **kl_options("target_to_proxy", 5, 9))
+    whole = curvature.curvature_product(model, G, z)
     for size in (1, 2, 5):
-        part = curvature.curvature_product(
-            model, batch, P, named, micro_batch_size=size, **kl_options("target_to_proxy", 5, 9)
-        )
+        part = curvature.curvature_product(model, G, named, Execution(micro_batch_size=size))
         for found, expected in zip(part, whole, strict=True):
             found, expected = getattr(found, "flat", found), getattr(expected, "flat", expected)
             assert relative_error(found, expected) < 1e-12
@@ -174,14 +175,12 @@ def sizes(model):
 
 
 def test_sample_losses_and_named_views():
-    model, batch, P, z = problem("gpt_neox")
+    model, batch, P, _ = problem("gpt_neox")
     options = kl_options("target_to_proxy", 3, 9)
     losses, kl = reference.losses(model, dict(model.named_parameters()), batch, options["teacher"], "target_to_proxy")
-    result = curvature.value_and_gradient(model, batch, P, micro_batch_size=2, **options)
-    product = curvature.curvature_product(model, batch, P, z, micro_batch_size=2, **options)
-    for found in (result, product):
-        assert relative_error(found.sample_losses, losses) < 1e-12
-        assert relative_error(found.sample_kl, kl) < 1e-12
+    result = curvature.gradient(model, lower_loss(batch, P, **options), Execution(micro_batch_size=2))
+    assert relative_error(result.sample_losses, losses) < 1e-12
+    assert relative_error(result.sample_kl, kl) < 1e-12
     assert relative_error(result.kl, kl.mean()) < 1e-12
     assert {n: t.shape for n, t in result.gradient.items()} == {n: p.shape for n, p in model.named_parameters()}
     result.gradient.flat.zero_()
@@ -193,21 +192,20 @@ def test_samples_without_labels_and_last_word_labels():
     model, batch, P, z = problem("llama")
     batch.label_mask.zero_()
     batch.label_mask[0, 4] = True
-    found = curvature.curvature_product(model, batch, P, z)
+    found = curvature.curvature_product(model, lower_loss(batch, P), z)
     loss, gradient = reference.gradient(model, batch, P)
     assert relative_error(found.gradient.flat, gradient) < 1e-12 and relative_error(found.loss, loss) < 1e-12
     assert found.sample_losses[1:].tolist() == [0.0, 0.0] and found.influence[1:].tolist() == [0.0, 0.0]
     batch.label_mask.zero_()
-    empty = curvature.curvature_product(model, batch, P, z, curvature="gauss_newton")
+    empty = curvature.curvature_product(model, lower_loss(batch, P), z, curvature="gauss_newton")
     assert not empty.gradient.flat.any() and not empty.product.flat.any() and float(empty.loss) == 0.0
 
 
 def test_validation_weights_average_over_tokens():
     model, batch, _, _ = problem("gpt_neox")
-    weights = curvature.validation_weights(batch, dtype=torch.float64)
-    loss, gradient = curvature.gradient(model, batch, weights)
-    assert relative_error(loss, reference.upper(model, dict(model.named_parameters()), batch)) < 1e-12
-    assert relative_error(gradient.flat, reference.upper_gradient(model, batch)) < 1e-9
+    found = curvature.gradient(model, validation_loss(batch, dtype=torch.float64))
+    assert relative_error(found.loss, reference.upper(model, dict(model.named_parameters()), batch)) < 1e-12
+    assert relative_error(found.gradient.flat, reference.upper_gradient(model, batch)) < 1e-9
 
 
 class Largest(TorchDispatchMode):
@@ -231,11 +229,12 @@ def test_no_tensor_of_batch_by_sequence_by_vocabulary(recompute, direction):
     batch = random_batch(samples, length, vocab, labelled=1.1)
     batch.label_mask[:, 1:] = True
     P, z, teacher = random_weights(samples), random_vector(model), random_teacher(samples, length, vocab)
-    options = {"teacher": teacher, "kl_weight": 0.1, "kl_direction": direction, "recompute": recompute}
+    G = lower_loss(batch, P, teacher=teacher, kl_weight=0.1, kl_direction=direction)
+    execution = Execution(recompute=recompute)
     with Largest() as engine:
-        curvature.curvature_product(model, batch, P, z, **options)
-        curvature.curvature_product(model, batch, P, z, curvature="gauss_newton", **options)
-        curvature.gradient(model, batch, P, **options)
+        curvature.curvature_product(model, G, z, execution)
+        curvature.curvature_product(model, G, z, execution, curvature="gauss_newton")
+        curvature.gradient(model, G, execution)
     with Largest() as naive:
         reference.gradient(model, batch, P)
     assert naive.elements >= samples * (length - 1) * vocab
@@ -244,27 +243,22 @@ def test_no_tensor_of_batch_by_sequence_by_vocabulary(recompute, direction):
 
 def test_attention_never_holds_the_scores_of_the_whole_batch():
     model = language_model("gpt_neox", vocab=16, width=8, ffn=16, layers=1)
-    batch, z = random_batch(2, 256, 16), random_vector(model)
+    G, z = lower_loss(random_batch(2, 256, 16), random_weights(2)), random_vector(model)
     with Largest() as engine:
-        curvature.curvature_product(model, batch, random_weights(2), z, recompute=True)
-        curvature.curvature_product(model, batch, random_weights(2), z, curvature="gauss_newton", recompute=False)
+        curvature.curvature_product(model, G, z, Execution(recompute=True))
+        curvature.curvature_product(model, G, z, Execution(recompute=False), curvature="gauss_newton")
     assert engine.elements < 0.6 * 2 * 2 * 256 * 256
 
 
 def test_errors_say_what_to_change():
     model, batch, P, z = problem("gpt_neox")
+    G = lower_loss(batch, P)
     with pytest.raises(ValueError, match="curvature 'fisher'.*change bilevel.curvature"):
-        curvature.curvature_product(model, batch, P, z, curvature="fisher")
-    with pytest.raises(ValueError, match="kl_direction 'both'"):
-        curvature.gradient(model, batch, P, kl_direction="both")
-    with pytest.raises(ValueError, match="without a teacher"):
-        curvature.gradient(model, batch, P, kl_weight=0.1)
+        curvature.curvature_product(model, G, z, curvature="fisher")
     with pytest.raises(ValueError, match="teacher with 30 tokens, expected the proxy's 23"):
-        curvature.gradient(model, batch, P, kl_weight=0.1, teacher=random_teacher(3, 9, 30))
-    with pytest.raises(ValueError, match="one a sample"):
-        curvature.gradient(model, batch, P[:2])
+        curvature.gradient(model, lower_loss(batch, P, kl_weight=0.1, teacher=random_teacher(3, 9, 30)))
     with pytest.raises(ValueError, match="one element a parameter"):
-        curvature.curvature_product(model, batch, P, z[:-1])
+        curvature.curvature_product(model, G, z[:-1])
     with pytest.raises(ValueError, match="differs from the model's parameters in extra"):
         named = {n: p.detach() for n, p in model.named_parameters()}
-        curvature.curvature_product(model, batch, P, named | {"extra": z})
+        curvature.curvature_product(model, G, named | {"extra": z})

@@ -5,10 +5,13 @@ import torch
 from torch.func import functional_call
 
 from megatron_bliss.bilevel import curvature, hypergradient
+from megatron_bliss.bilevel.execution import Execution
+from megatron_bliss.bilevel.objective import validation_loss
 from megatron_bliss.bilevel.softmax import global_softmax
 from tests.bilevel import reference
 from tests.bilevel.problems import (
     language_model,
+    lower_loss,
     random_batch,
     random_teacher,
     random_vector,
@@ -24,13 +27,10 @@ def test_equals_per_sample_gradients(micro, activation):
     z = random_vector(model)
     scores = hypergradient.score_batch(scorer, batch, micro_batch_size=micro)
     P = global_softmax(scores)
-    d = curvature.curvature_product(model, batch, P, z).influence
-    coefficients = hypergradient.hypergradient_coefficients(P, d)
-    found = hypergradient.hypergradient(scorer, batch, coefficients, micro_batch_size=micro)
-    expected = reference.hypergradient(scorer, batch, z, model)
-    assert relative_error(found.flat, expected) < 1e-9
-    graph = scorer(batch.tokens, batch.lengths)
-    assert relative_error(hypergradient.hypergradient(scorer, batch, coefficients, scores=graph).flat, expected) < 1e-9
+    walk = curvature.curvature_product(model, lower_loss(batch, P), z)
+    coefficients = hypergradient.hypergradient_coefficients(P, walk.influence)
+    found = hypergradient.hypergradient(scorer, batch, coefficients, Execution(micro_batch_size=micro))
+    assert relative_error(found.flat, reference.hypergradient(scorer, batch, z, model)) < 1e-9
 
 
 def test_coefficients_add_up_to_nothing_and_ignore_a_constant():
@@ -99,7 +99,7 @@ class Inner:
         """
         torch.nn.utils.vector_to_parameters(self.theta, self.model.parameters())
         columns = [
-            curvature.curvature_product(self.model, self.batch, P, e, **self.options).product.flat
+            curvature.curvature_product(self.model, lower_loss(self.batch, P, **self.options), e).product.flat
             for e in torch.eye(len(self.theta), dtype=self.theta.dtype)
         ]
         values, vectors = torch.linalg.eigh(torch.stack(columns))
@@ -129,9 +129,9 @@ def engine_hypergradient(inner):
     """Equations (5) to (7) by the engine alone, at the solved lower level."""
     torch.nn.utils.vector_to_parameters(inner.theta, inner.model.parameters())
     P = global_softmax(hypergradient.score_batch(inner.scorer, inner.batch))
-    weights = curvature.validation_weights(inner.validation, dtype=torch.float64)
-    b = curvature.gradient(inner.model, inner.validation, weights)[1].flat
-    d = curvature.curvature_product(inner.model, inner.batch, P, inner.inverse @ b).influence
+    b = curvature.gradient(inner.model, validation_loss(inner.validation, dtype=torch.float64)).gradient.flat
+    G = lower_loss(inner.batch, P, **inner.options)
+    d = curvature.curvature_product(inner.model, G, inner.inverse @ b).influence
     coefficients = hypergradient.hypergradient_coefficients(P, d)
     return hypergradient.hypergradient(inner.scorer, inner.batch, coefficients).flat
 

@@ -6,8 +6,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.bilevel import curvature, hypergradient
+from megatron_bliss.bilevel.execution import Execution
+from megatron_bliss.bilevel.objective import validation_loss
 from megatron_bliss.bilevel.softmax import global_softmax
-from tests.bilevel.problems import language_model, random_batch, random_teacher, random_vector, score_model
+from tests.bilevel.problems import (
+    language_model,
+    lower_loss,
+    random_batch,
+    random_teacher,
+    random_vector,
+    score_model,
+)
 from tests.distributed import run_distributed
 
 SAMPLES, LENGTH = 8, 9
@@ -22,26 +31,19 @@ def step(start, stop, group, dtype, micro):
         random_batch(SAMPLES, LENGTH).slice(start, stop),
         random_batch(SAMPLES, 7, seed=5).slice(start, stop),
     )
-    options = {
-        "teacher": random_teacher(SAMPLES, LENGTH, dtype=dtype).slice(start, stop),
-        "kl_weight": 0.3,
-        "l2_weight": 0.01,
-        "group": group,
-        "micro_batch_size": micro,
-    }
+    teacher, execution = random_teacher(SAMPLES, LENGTH, dtype=dtype).slice(start, stop), Execution(group, micro)
     P = global_softmax(hypergradient.score_batch(scorer, batch, micro_batch_size=micro), group)
+    G = lower_loss(batch, P, teacher=teacher, kl_weight=0.3, l2_weight=0.01, num_samples=SAMPLES)
     z = random_vector(model)
     results = {}
     for name in curvature.CURVATURES:
-        walk = curvature.curvature_product(model, batch, P, z, curvature=name, **options)
+        walk = curvature.curvature_product(model, G, z, execution, curvature=name)
         results[name] = torch.cat([walk.product.flat, walk.gradient.flat, walk.loss[None], walk.kl[None]])
-    loss, gradient = curvature.gradient(model, batch, P, **options)
-    results["gradient"] = torch.cat([gradient.flat, loss[None]])
-    weights = curvature.validation_weights(validation, group, dtype)
-    loss, gradient = curvature.gradient(model, validation, weights, group=group, micro_batch_size=micro)
-    results["upper"] = torch.cat([gradient.flat, loss[None]])
+    for name, loss in {"gradient": G, "upper": validation_loss(validation, group, dtype)}.items():
+        found = curvature.gradient(model, loss, execution)
+        results[name] = torch.cat([found.gradient.flat, found.loss[None]])
     coefficients = hypergradient.hypergradient_coefficients(P, walk.influence, group)
-    upper = hypergradient.hypergradient(scorer, batch, coefficients, group=group, micro_batch_size=micro)
+    upper = hypergradient.hypergradient(scorer, batch, coefficients, execution)
     results["hypergradient"] = upper.flat
     results["local"] = torch.stack([P, walk.influence, walk.sample_losses, coefficients.to(dtype)])
     return {name: value.detach().double().numpy() for name, value in results.items()}

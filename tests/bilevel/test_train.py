@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.bilevel.train import ProxyWarmup, World
+from megatron_bliss.base.parallel import World
+from megatron_bliss.bilevel.train import ProxyWarmup
 from megatron_bliss.config.config import OptimizerConfig, ProxyConfig
 from megatron_bliss.data.batches import BatchSchedule
 from megatron_bliss.models.transformer import build_lm
@@ -33,6 +34,7 @@ VARIANTS = {
     "micro-batches of 1": dataclasses.replace(CONFIG, micro_batch_size=1),
     "micro-batches of 3": dataclasses.replace(CONFIG, micro_batch_size=3),
     "hessian": dataclasses.replace(CONFIG, curvature="hessian"),
+    "two steps of sgd": dataclasses.replace(CONFIG, solver_steps=2),
     "conjugate gradient": dataclasses.replace(CONFIG, solver="conjugate_gradient", solver_steps=3),
     "fewer samples than ranks": dataclasses.replace(CONFIG, global_batch_size=3, validation_batch_size=1),
 }

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_bliss.bilevel.teacher import TargetTeacher
-from megatron_bliss.bilevel.train import World
 from tests.bilevel.trainers import CONFIG, assert_same, make_trainer
 from tests.distributed import run_distributed
 from tests.targets import VOCAB_SIZE, grouped, layout, make_target
@@ -27,10 +26,9 @@ def steps(rank: int, world_size: int, sizes: list[tuple[int, int]]) -> dict[tupl
         with grouped(layout(tensor, pipeline)) as groups:
             target = make_target(layout(tensor, pipeline), groups)
             teacher = TargetTeacher(target, groups, VOCAB_SIZE)
-            world = World(groups.world_group, rank, world_size, groups.device)
             for split, samples in SPLITS:
                 config = dataclasses.replace(CONFIG, micro_batch_size=split, global_batch_size=samples)
-                trainer = make_trainer(config, torch.float32, world, target_teacher=teacher, vocab_size=VOCAB_SIZE)
+                trainer = make_trainer(config, torch.float32, groups, target_teacher=teacher, vocab_size=VOCAB_SIZE)
                 metrics = [trainer.step() for _ in range(STEPS)]
                 found[tensor, pipeline, split, samples] = {
                     "metrics": np.array([[step[name] for name in sorted(step)] for step in metrics]),

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
+from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.train import BilevelTrainer, World
+from megatron_bliss.bilevel.train import BilevelTrainer
 from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, language_model_mask
 from megatron_bliss.models.score import build_score_model
@@ -68,7 +69,7 @@ def make_trainer(
             return Teacher(target.hidden_states(tokens), target.output_weight.detach())
 
     def schedule(source: RandomUnits, size: int) -> BatchSchedule:
-        return BatchSchedule(source, size, seed=5, rank=world.rank, world_size=world.size)
+        return BatchSchedule(source, size, seed=5, rank=world.rank, world_size=world.world_size)
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)

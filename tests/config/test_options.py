@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from megatron_bliss.bilevel.solve import SOLVERS
 
 from megatron_bliss.base.platform import DTYPES
-from megatron_bliss.bilevel.solve import SOLVERS
 from megatron_bliss.config import bilevel, models, platform, stages, training
 from megatron_bliss.config.bounds import METADATA_KEY, Bounds
 from megatron_bliss.models.optimizer import DECAYS

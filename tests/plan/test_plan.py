@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bliss.bilevel.memory import GIB, step_bytes
+from megatron_bliss.bilevel.flops import bilevel_flops
+from megatron_bliss.bilevel.memory import GIB, StepShape, step_bytes
 from megatron_bliss.config.config import Config, ModelConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.models.flops import bilevel_flops
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.plan.text import format_plan
@@ -117,7 +117,7 @@ def test_offloading_and_a_limit_make_the_bilevel_stage_smaller() -> None:
     assert offloaded["parameters"] == whole["parameters"] - memory(plan("pythia_1b_c4"))["evaluate"]["parameters"]
     untied = memory(plan("pythia_1b_c4", "--bilevel.kl_weight", "0", memory_gib=80.0))["bilevel"]
     proxy = resolve_architecture(ModelConfig(preset="pythia-31m"), 50304)
-    assert untied["working"] == step_bytes(proxy, 4, 1024, recompute=False, element_size=2, device="cuda")
+    assert untied["working"] == step_bytes(StepShape(proxy, 1024, 2, "cuda"), 4, recompute=False)
     limit = ("--bilevel.memory_limit_gib", "0.9", "--bilevel.global_batch_size", "512")
     limited = memory(plan("pythia_1b_c4", "--bilevel.kl_weight", "0", *limit))["bilevel"]
     assert 1 <= limited["micro_batch_size"] < 64 and limited["working"] <= 0.9 * GIB

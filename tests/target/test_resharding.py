@@ -13,9 +13,8 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.bilevel.train import World
 from megatron_bliss.config.config import CheckpointConfig, PlatformConfig
-from megatron_bliss.models.loop import run_steps
+from megatron_bliss.models.loop import Bookkeeping, run_steps
 from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.setup import load_target
 from tests.bilevel.trainers import CONFIG, make_trainer
@@ -129,20 +128,10 @@ def test_a_run_goes_on_at_another_layout(prefix, tmp_path):
 def small_models(rank: int, world_size: int, folder: str, last_step: int) -> list[np.ndarray]:
     """Bilevel steps on all ranks, saved every second one; proxy, score model, z and what was logged."""
     with grouped(layout()) as groups:
-        world = World(groups.world_group, rank, world_size, groups.device)
-        trainer = make_trainer(CONFIG, torch.float64, world)
+        trainer = make_trainer(CONFIG, torch.float64, groups)
         metrics = MetricsLogger(folder, is_writer=groups.is_main, tensorboard=False)
-        run_steps(
-            trainer,
-            last_step,
-            folder=Path(folder),
-            save_interval=2,
-            log_interval=1,
-            metrics=metrics,
-            labels={"arm": "bliss", "round": 1, "stage": "bilevel"},
-            groups=groups,
-            show_progress=False,
-        )
+        labels = {"arm": "bliss", "round": 1, "stage": "bilevel"}
+        run_steps(trainer, last_step, Bookkeeping(Path(folder), 2, 1, metrics, labels, False), groups)
         metrics.close()
     models = (trainer.proxy, trainer.score_model)
     weights = [torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy() for model in models]

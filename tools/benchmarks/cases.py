@@ -24,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel import curvature
+from megatron_bliss.bilevel.execution import ALONE, Execution
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.train import BilevelTrainer, World
+from megatron_bliss.bilevel.objective import Loss, Objective
+from megatron_bliss.bilevel.train import BilevelTrainer
 from megatron_bliss.bilevel.vector import parameter_total
 from megatron_bliss.config.config import BilevelConfig, ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, language_model_mask
@@ -92,6 +95,11 @@ class Problem:
         self.weights = torch.softmax(torch.randn(settings.batch, generator=generator), 0).to(settings.device)
         self.vector = torch.randn(parameter_total(self.model), generator=generator).to(settings.device)
 
+    @property
+    def loss(self) -> Loss:
+        """sum_i P_i l_i: G without KL and L2."""
+        return Loss(Objective(), self.batch, self.weights)
+
     @cached_property
     def target(self) -> LanguageModel | None:
         """The frozen target of the KL term."""
@@ -147,8 +155,8 @@ def double_backward(model: LanguageModel, batch: Batch, weights: Tensor, vector:
     return published.hessian_product(gradient, parameters, direction, retain_graph=False)
 
 
-def _product(problem: Problem, **options) -> Callable:
-    return lambda: curvature.curvature_product(problem.model, problem.batch, problem.weights, problem.vector, **options)
+def _product(problem: Problem, kind: str = "hessian", execution: Execution = ALONE) -> Callable:
+    return lambda: curvature.curvature_product(problem.model, problem.loss, problem.vector, execution, curvature=kind)
 
 
 def _step(problem: Problem, **changes) -> Callable:
@@ -160,14 +168,14 @@ CASES: dict[str, Callable[[Problem], Callable[[], object]]] = {
     "gradient": lambda p: lambda: autograd_gradient(p.model, p.batch, p.weights),
     "double_backward": lambda p: lambda: double_backward(p.model, p.batch, p.weights, p.vector),
     "published_step": lambda p: published.PublishedTrainer(p.config(), *p.bilevel()).step,
-    "engine_gradient": lambda p: lambda: curvature.gradient(p.model, p.batch, p.weights),
-    "hessian": lambda p: _product(p, recompute=True),
-    "hessian_kept": lambda p: _product(p, recompute=False),
-    "gauss_newton": lambda p: _product(p, curvature="gauss_newton"),
+    "engine_gradient": lambda p: lambda: curvature.gradient(p.model, p.loss),
+    "hessian": lambda p: _product(p, execution=Execution(recompute=True)),
+    "hessian_kept": lambda p: _product(p, execution=Execution(recompute=False)),
+    "gauss_newton": lambda p: _product(p, "gauss_newton"),
     "step": _step,
     "step_limited": lambda p: _step(p, memory_limit_gib=p.settings.memory_limit_gib),
-    "hessian_compiled": lambda p: _product(p, recompute=True, compiled=True),
-    "gauss_newton_compiled": lambda p: _product(p, curvature="gauss_newton", compiled=True),
+    "hessian_compiled": lambda p: _product(p, execution=Execution(recompute=True, compiled=True)),
+    "gauss_newton_compiled": lambda p: _product(p, "gauss_newton", Execution(compiled=True)),
     "step_compiled": lambda p: _step(p, compile=True),
 }
 """Case name -> function that makes the case ready and returns what is to be measured."""
@@ -190,7 +198,7 @@ def errors_against_fp64(problem: Problem) -> dict[str, float]:
     batch, weights = random_batch(settings, seed=2), problem.weights[:1]
     precise = copy.deepcopy(problem.model).double()
     reference = _flat(double_backward(precise, batch, weights.double(), problem.vector.double()))
-    engine = curvature.curvature_product(problem.model, batch, weights, problem.vector).product.flat
+    engine = curvature.curvature_product(problem.model, Loss(Objective(), batch, weights), problem.vector).product.flat
     peer = _flat(double_backward(problem.model, batch, weights, problem.vector))
     return {
         "relative_error_fp64": relative_error(engine, reference),

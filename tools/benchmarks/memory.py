@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bliss.bilevel.memory import GIB, plan_step
+from megatron_bliss.bilevel.memory import GIB, StepShape, plan_step
 from megatron_bliss.config.config import ModelConfig
 from megatron_bliss.models.presets import resolve_architecture
 from tools.benchmarks import measure
@@ -45,7 +45,7 @@ def measure_point(preset: str, limit: float, options: argparse.Namespace) -> dic
     point = dict(zip(POINT, (preset, options.vocab, options.seq, options.batch, limit), strict=True))
     architecture = resolve_architecture(ModelConfig(preset=preset), options.vocab)
     try:
-        plan = plan_step(architecture, options.batch, options.seq, limit_gib=limit, device=options.device)
+        plan = plan_step(StepShape(architecture, options.seq, device=options.device), options.batch, limit)
     except ValueError as error:
         return point | {"refused": str(error)}
     print(f"[{preset}, {limit:g} GiB] micro-batch {plan.micro_batch_size}", file=sys.stderr, flush=True)

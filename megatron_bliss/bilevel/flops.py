@@ -1,0 +1,31 @@
+"""Model FLOPs of the bilevel stage: what it records when it is done, and what a plan says before it runs."""
+
+from __future__ import annotations
+
+from megatron_bliss.bilevel.solvers import SOLVERS
+from megatron_bliss.config.config import BilevelConfig
+from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
+
+GRADIENT_PASSES = 3
+"""Forward passes F that a gradient costs: its own, and a backward pass at twice that."""
+WALK_PASSES = {"gauss_newton": 8, "hessian": 12}
+"""The same of a walk that gives C z, gradient and influences at once; its recomputation is part of the method."""
+
+
+def bilevel_flops(config: BilevelConfig, proxy: Architecture, target: Architecture, seq_length: int) -> float:
+    """The bilevel stage of one round, counted in forward passes F over a batch.
+
+    An upper step is as many walks as its solver says; a gradient for each lower step but the last, whose gradient a
+    walk gives; the validation gradient; of the score model a forward pass per lower step, and a gradient; the target's
+    forward pass once per lower step.
+    """
+    tokens = config.global_batch_size * seq_length
+    walks = SOLVERS[config.solver].walks(config.solver_steps)
+    lower = config.lower_iters - 1
+    forward = flops_per_token(proxy, seq_length)
+    score = trunk_flops_per_token(proxy, seq_length)
+    teacher = flops_per_token(target, seq_length) if config.kl_weight > 0 else 0.0
+    validation = GRADIENT_PASSES * config.validation_batch_size * seq_length * forward
+    passes = (walks * WALK_PASSES[config.curvature] + GRADIENT_PASSES * lower) * forward
+    passes += (1 + lower + GRADIENT_PASSES) * score + config.lower_iters * teacher
+    return config.upper_iters * (tokens * passes + validation)
