@@ -112,7 +112,8 @@ def _gather(section: type, values: object) -> object:
     """A section with the settings of choices in its field ``settings``."""
     given = vars(values)
     own = {one.name: given[one.name] for one in fields(section) if one.name in given}
-    return section(**own, settings={name: value for name, value in given.items() if name not in own})
+    settings = {name: value for name, value in given.items() if name not in own}
+    return section(**own, settings=settings) if settings else section(**own)
 
 
 def _show_bounds(parser: ArgumentParser, options: object) -> None:

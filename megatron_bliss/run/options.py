@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bliss.arms import ARMS
+from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config import parse
 from megatron_bliss.config.config import Config
 from megatron_bliss.selection.policies import POLICIES
 
-TABLES: parse.Tables = {"arms": ARMS, "selection.policy": POLICIES}
+TABLES: parse.Tables = {"arms": ARMS, "bilevel.solver": SOLVERS, "selection.policy": POLICIES}
 """Option → the records that it chooses from."""
 
 

@@ -12,7 +12,7 @@ from megatron_bliss.bilevel.flops import WALK_PASSES, bilevel_flops
 from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config.config import BilevelConfig, ModelConfig
 from megatron_bliss.models.presets import flops_per_token, resolve_architecture
-from tests.bilevel.test_train import ALONE, CONFIG, make_trainer
+from tests.bilevel.trainers import ALONE, CONFIG, make_trainer
 
 PYTHIA = resolve_architecture(ModelConfig(preset="pythia-31m"), 50304)
 

@@ -18,7 +18,7 @@ def identity(
 
 
 SOLVER = Solver(
-    help="z = grad Phi, without second order: an ablation; solver_steps is not used",
+    help="z = grad Phi, without a product (an ablation)",
     solve=identity,
     products=lambda steps: 0,
 )

@@ -30,7 +30,7 @@ def neumann(
 
 
 SOLVER = Solver(
-    help="the Neumann series of the inverse, cut after solver_steps products; starts anew in every upper step",
+    help="the Neumann series of the inverse, anew in every upper step",
     solve=neumann,
     products=lambda steps: steps,
 )

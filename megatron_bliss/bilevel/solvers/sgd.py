@@ -32,7 +32,7 @@ def descend(
 
 
 SOLVER = Solver(
-    help="gradient descent, warm-started: one step for each product, whose walk gives all else that a step needs",
+    help="gradient descent, warm-started: one step for each product",
     solve=descend,
     products=lambda steps: steps,
     last_product_gives_influences=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,8 @@ class Solve(Protocol):
 class Solver:
     """One way to solve (5)."""
 
+    settings: ClassVar[None] = None
+    """All solvers have the same: ``bilevel.damping``, ``solver_steps`` and ``solver_max_step_size``."""
     help: str
     """One line for the command line."""
     solve: Solve
