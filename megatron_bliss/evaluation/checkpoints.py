@@ -12,12 +12,11 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import Config, TargetConfig
-from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
-from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.target.pretrained import checkpoint_architecture, described_architecture
 from megatron_bliss.target.setup import TargetSetup, load_target
 
 
@@ -53,18 +52,16 @@ def load_model(wanted: Checkpoint, groups: Groups) -> LM:
     return MODELS[wanted.kind](wanted, groups)
 
 
-def _vocabulary(wanted: Checkpoint) -> tuple[Tokenizer, int]:
-    """The run's tokenizer and vocabulary size, by the manifests in its own folder."""
+def _tokenizer(wanted: Checkpoint) -> Tokenizer:
+    """The run's tokenizer, by the manifest in its own folder."""
     shards = wanted.run / "shards"
     prefix = str(shards / read_json(shards / "done.json")["prefixes"][0])
-    tokenizer = load_evaluation_tokenizer(wanted.tokenizer_model, prefix)
-    return tokenizer, int(read_manifest(prefix)["tokenizer"]["vocab_size"])
+    return load_evaluation_tokenizer(wanted.tokenizer_model, prefix)
 
 
 def _target(wanted: Checkpoint, groups: Groups) -> LM:
     config = wanted.config
-    tokenizer, vocab_size = _vocabulary(wanted)
-    architecture = resolve_architecture(config.target, vocab_size)
+    tokenizer, architecture = _tokenizer(wanted), checkpoint_architecture(wanted.path)
     setup = TargetSetup(config.target, architecture, groups, config.platform, config.data.seq_length)
     target = load_target(wanted.path, setup)
     max_length = wanted.max_length or setup.seq_length
@@ -73,11 +70,10 @@ def _target(wanted: Checkpoint, groups: Groups) -> LM:
 
 def _proxy(wanted: Checkpoint, groups: Groups) -> LM:
     config = wanted.config
-    tokenizer, vocab_size = _vocabulary(wanted)
-    state = checkpoint.load_state(wanted.path)
+    tokenizer, state = _tokenizer(wanted), checkpoint.load_state(wanted.path)
     if "proxy" not in state:
         raise ValueError(f"found {', '.join(state)} in {wanted.path}, expected a proxy: give a final.pt of a run")
-    lm = build_lm(resolve_architecture(config.proxy, vocab_size), seed=0, device=groups.device)
+    lm = build_lm(described_architecture(state.get("architecture"), wanted.path), seed=0, device=groups.device)
     lm.load_state_dict(state["proxy"])
     max_length = wanted.max_length or config.data.seq_length
     return ProxyModel(lm, tokenizer, max_length=max_length, batch_tokens=wanted.batch_tokens, groups=groups)

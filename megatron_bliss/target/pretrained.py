@@ -40,9 +40,13 @@ def find_checkpoint(path: str | Path) -> Path:
 def checkpoint_architecture(path: str | Path) -> Architecture:
     """The architecture that a target's checkpoint says it is of."""
     path = find_checkpoint(path)
-    described = checkpoint.read_manifest(path).get("architecture")
+    return described_architecture(checkpoint.read_manifest(path).get("architecture"), path / checkpoint.MANIFEST)
+
+
+def described_architecture(described: object, where: Path) -> Architecture:
+    """The architecture that a checkpoint noted in the file ``where``: as large as it is, whatever the options say."""
     if not isinstance(described, dict) or described.keys() != {field.name for field in fields(Architecture)}:
-        raise ValueError(f"found no architecture in {path / checkpoint.MANIFEST}, expected a checkpoint of a target")
+        raise ValueError(f"found no architecture in {where}, expected a checkpoint of a target or a proxy")
     return Architecture(**described)
 
 

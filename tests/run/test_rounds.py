@@ -131,11 +131,22 @@ def test_an_evaluation_alone_gives_the_same_results(
     assert (folder / "done.json").is_file() and before == {name: (folder / name).read_bytes() for name in before}
 
 
-def test_a_checkpoint_alone_gives_what_the_round_gave(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", ["in the options", "in the checkpoints alone"])
+def test_a_checkpoint_alone_gives_what_the_round_gave(finished: Path, tmp_path: Path, sizes: str) -> None:
     (target,) = (finished / "bliss/round_02/pretrain").glob("step_*16")
+    options = []
+    if sizes != "in the options":  # as in a run whose models took them from pretrained ones, which are not here
+        config = yaml.safe_load((finished / "config.yaml").read_text())
+        for name in ("target", "proxy"):
+            taken = dict.fromkeys(("architecture", "num_layers", "hidden_size", "num_attention_heads"))
+            config[name] |= taken | {"pretrained_checkpoint": str(tmp_path / "elsewhere")}
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+        (tmp_path / "run/shards").symlink_to(finished / "shards")
+        options = ["--run", str(tmp_path / "run")]
     for kind, path in (("target", target), ("proxy", finished / "warmup/proxy/final.pt")):
         command = [sys.executable, str(ROOT / "tools/evaluate.py"), f"--{kind}", str(path), "--output", str(tmp_path)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout == (tmp_path / "results.md").read_text()
         if kind == "target":
