@@ -14,14 +14,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_bliss.base import checkpoint, parallel
 from megatron_bliss.base.metrics import MetricsLogger, read_metrics
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.config.config import (
-    CheckpointConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    PlatformConfig,
-    PretrainingConfig,
-    TargetConfig,
-)
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.output import CheckpointConfig, LoggingConfig
+from megatron_bliss.config.platform import PlatformConfig
+from megatron_bliss.config.training import OptimizerConfig, PretrainingConfig
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.log import MEASURED

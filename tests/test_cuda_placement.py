@@ -30,7 +30,7 @@ from megatron_bliss.bilevel.precision import precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import ProxyWarmup
-from megatron_bliss.config.config import ProxyConfig, TargetConfig
+from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.data.batches import BatchSchedule
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.evaluation.generation import generate

@@ -29,7 +29,8 @@ from torch import Tensor
 from megatron_bliss.base import checkpoint, parallel
 from megatron_bliss.base.command import command
 from megatron_bliss.base.files import publish, sync_folder, write_json
-from megatron_bliss.config.config import PlatformConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.convert import (
     Layout,
     converted,

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from megatron_bliss.base.command import command
-from megatron_bliss.config.config import EvaluationConfig, PlatformConfig
+from megatron_bliss.config.evaluation import EvaluationConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.evaluation.checks import check_files, check_installed
 from megatron_bliss.run.options import read_config
 

@@ -17,7 +17,7 @@ import yaml
 from megatron_bliss.base.command import command
 from megatron_bliss.base.files import read_json, sha256_file
 from megatron_bliss.base.text import align
-from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import Setting, merged_settings
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when
 
 from megatron_bliss.base import parallel  # noqa: E402
 from megatron_bliss.base.files import atomic_file, read_json, write_json  # noqa: E402
-from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig  # noqa: E402
+from megatron_bliss.config.models import ModelConfig, TargetConfig  # noqa: E402
+from megatron_bliss.config.platform import PlatformConfig  # noqa: E402
 from megatron_bliss.data.tokenizers import load_tokenizer  # noqa: E402
 from megatron_bliss.evaluation import TASK_NAMES, TargetModel, evaluate_tasks  # noqa: E402
 from megatron_bliss.evaluation.data_files import read_task  # noqa: E402

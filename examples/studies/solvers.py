@@ -27,7 +27,9 @@ from megatron_bliss.base.files import atomic_file  # noqa: E402
 from megatron_bliss.base.parallel import World  # noqa: E402
 from megatron_bliss.bilevel.hypergradient import score_batch  # noqa: E402
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup  # noqa: E402
-from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ProxyConfig, ScoreConfig  # noqa: E402
+from megatron_bliss.config.bilevel import BilevelConfig  # noqa: E402
+from megatron_bliss.config.models import ModelConfig, ProxyConfig, ScoreConfig  # noqa: E402
+from megatron_bliss.config.training import OptimizerConfig  # noqa: E402
 from megatron_bliss.data.batches import BatchSchedule, UnitDataset, ValidationSet  # noqa: E402
 from megatron_bliss.data.manifest import read_manifest  # noqa: E402
 from megatron_bliss.data.provenance import read_provenance  # noqa: E402

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bliss.arms.inputs import Inputs, Scores
-from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.models.presets import Architecture
 
 

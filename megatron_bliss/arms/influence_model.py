@@ -13,7 +13,7 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import all_gather_object, broadcast_object, failing_together
 from megatron_bliss.bilevel import vector
 from megatron_bliss.bilevel.hypergradient import score_batch
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, UnitDataset, rank_share
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.score import ScoreModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 
 if TYPE_CHECKING:  # arms' files are imported to read options, these take seconds
     from megatron_bliss.base.parallel import Groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 
 
 class NoOptimizer:

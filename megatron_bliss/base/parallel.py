@@ -23,7 +23,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_bliss.base import platform as machine
-from megatron_bliss.config.config import PlatformConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 
 
 @dataclass(frozen=True)

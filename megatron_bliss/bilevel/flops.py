@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_bliss.bilevel.solvers import SOLVERS
-from megatron_bliss.config.config import BilevelConfig
+from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
 
 GRADIENT_PASSES = 3

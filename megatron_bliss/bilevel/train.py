@@ -37,7 +37,8 @@ from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precisi
 from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solvers import SOLVERS, solve
 from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
-from megatron_bliss.config.config import BilevelConfig, ProxyConfig
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture

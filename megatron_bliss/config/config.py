@@ -13,30 +13,12 @@ from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.bounds import bounded
 from megatron_bliss.config.data import DataConfig
 from megatron_bliss.config.evaluation import EvaluationConfig
-from megatron_bliss.config.models import ModelConfig, ProxyConfig, ScoreConfig, TargetConfig
+from megatron_bliss.config.models import ProxyConfig, ScoreConfig, TargetConfig
 from megatron_bliss.config.output import CheckpointConfig, LoggingConfig
 from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
 from megatron_bliss.config.stages import Stage
-from megatron_bliss.config.training import OptimizerConfig, PretrainingConfig
-
-__all__ = [
-    "BilevelConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvaluationConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PlatformConfig",
-    "PretrainingConfig",
-    "ProxyConfig",
-    "ScoreConfig",
-    "ScoringConfig",
-    "SelectionConfig",
-    "TargetConfig",
-]
+from megatron_bliss.config.training import PretrainingConfig
 
 
 @dataclass(frozen=True)

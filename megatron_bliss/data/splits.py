@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_bliss.config.config import DataConfig
+from megatron_bliss.config.data import DataConfig
 
 PARTS = ("train", "validation", "test")
 """What ``data.split`` divides a corpus into."""

@@ -11,7 +11,8 @@ from lm_eval.api.model import LM
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.config.config import Config, TargetConfig
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.evaluation import HuggingFaceModel, ProxyModel, TargetModel
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_bliss.config.config import EvaluationConfig
+from megatron_bliss.config.evaluation import EvaluationConfig
 from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer, load_recorded_tokenizer
 from megatron_bliss.evaluation.data_files import read_task

@@ -9,7 +9,7 @@ from statistics import mean
 from lm_eval.api.model import LM
 
 from megatron_bliss.base.parallel import Groups, failing_together
-from megatron_bliss.config.config import EvaluationConfig
+from megatron_bliss.config.evaluation import EvaluationConfig
 from megatron_bliss.evaluation import TargetModel, evaluate_tasks
 from megatron_bliss.evaluation.checks import load_evaluation_tokenizer
 from megatron_bliss.evaluation.data_files import read_task

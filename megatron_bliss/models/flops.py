@@ -6,7 +6,8 @@ is not counted, as in a model-FLOPs utilisation. The bilevel stage's are in bile
 
 from __future__ import annotations
 
-from megatron_bliss.config.config import PretrainingConfig, ProxyConfig
+from megatron_bliss.config.models import ProxyConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
 
 BACKWARD_TO_FORWARD = 2

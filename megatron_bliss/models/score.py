@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bliss.config.config import ScoreConfig
+from megatron_bliss.config.models import ScoreConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.transformer import LanguageModel, Trunk
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.operations import Values, rotary_table
 from megatron_bliss.models.presets import PRESETS, Architecture, resolve_architecture
 

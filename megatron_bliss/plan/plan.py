@@ -15,7 +15,8 @@ from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Shard
 from megatron_bliss.base.parallel import check_world_size
 from megatron_bliss.bilevel.flops import bilevel_flops
-from megatron_bliss.config.config import Config, PlatformConfig
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.flops import proxy_warmup_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens

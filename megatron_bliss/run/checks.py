@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.bounds import check_bounds
-from megatron_bliss.config.config import Config, ProxyConfig, TargetConfig
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field

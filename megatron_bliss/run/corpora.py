@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss.base.parallel import failing_together
-from megatron_bliss.config.config import DataConfig
+from megatron_bliss.config.data import DataConfig
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.deal import deal_shards
 from megatron_bliss.data.manifest import read_manifest

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bliss.config.bounds import check_bounds
-from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import merged_settings, pick
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.provenance import provenance_codes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_bliss.config.config import PretrainingConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.target.learning_rate import branch_settings
 from megatron_bliss.target.segment import Recording, Segment, SegmentResult, train_segment
 from megatron_bliss.target.setup import TargetSetup

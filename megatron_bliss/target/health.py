@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from megatron_bliss.config.config import PretrainingConfig
+from megatron_bliss.config.training import PretrainingConfig
 
 UPDATE, WARN, SKIP, STOP = "update", "warn", "skip", "stop"
 

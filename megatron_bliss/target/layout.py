@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.models.presets import Architecture
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_bliss.base import learning_rate
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 
 
 def build_scheduler(optimizer, settings: OptimizerConfig, total_iterations: int) -> OptimizerParamScheduler:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_bliss.config.config import PretrainingConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.layout import padded_vocab_size
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_bliss.base.parallel import Groups, all_gather
-from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.layers import (
     LAYER_PARTS,

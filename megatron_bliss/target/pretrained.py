@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import Groups, failing_together
-from megatron_bliss.config.config import ProxyConfig, TargetConfig
+from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.models.convert import Layout, converted, huggingface_layout, proxy_layout, reader, target_layout
 from megatron_bliss.models.huggingface import CONFIG, open_huggingface, read_architecture
 from megatron_bliss.models.presets import Architecture, is_sized, resolve_architecture

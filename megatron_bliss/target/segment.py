@@ -17,7 +17,8 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import broadcast_object
 from megatron_bliss.base.progress import Progress
-from megatron_bliss.config.config import CheckpointConfig, LoggingConfig, PretrainingConfig
+from megatron_bliss.config.output import CheckpointConfig, LoggingConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.models.flops import training_flops
 from megatron_bliss.target.checkpoint import Save, load_target_and_optimizer, start_save
 from megatron_bliss.target.health import SKIP, STOP, WARN, TrainingHealth

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.base.platform import choose_dtype
-from megatron_bliss.config.config import PlatformConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.checkpoint import load_target_weights_from
 from megatron_bliss.target.model import Target, build_target

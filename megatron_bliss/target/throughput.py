@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "L40S": {"bf16": 362.0, "fp32": 91.6},

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.config.config import PretrainingConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.target.learning_rate import build_scheduler, set_iteration
 from megatron_bliss.target.model import Target
 from megatron_bliss.target.sequences import MicroBatch

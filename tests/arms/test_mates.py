@@ -18,7 +18,9 @@ from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.arms.mates import MatesConfig
 from megatron_bliss.arms.probing import Probe, Step
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.config.config import OptimizerConfig, PlatformConfig, ScoreConfig, TargetConfig
+from megatron_bliss.config.models import ScoreConfig, TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.convert import converted, proxy_layout, target_layout

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.base import parallel
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig
 from tests.distributed import run_distributed
 from tests.targets import grouped, layout
 

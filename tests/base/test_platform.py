@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_bliss.base import platform
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without a GPU")
 
@@ -35,7 +35,7 @@ def test_importing_changes_nothing_and_patches_apply_once():
 import resource
 import torch
 from megatron_bliss.base import platform
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig
 assert torch.ones(1).type() == "torch.FloatTensor"
 platform.prepare(PlatformConfig(), 0, 1)
 current_device, type_name = torch.cuda.current_device, torch.Tensor.type

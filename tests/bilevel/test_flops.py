@@ -10,7 +10,8 @@ import torch
 from megatron_bliss.bilevel import curvature, train
 from megatron_bliss.bilevel.flops import WALK_PASSES, bilevel_flops
 from megatron_bliss.bilevel.solvers import SOLVERS
-from megatron_bliss.config.config import BilevelConfig, ModelConfig
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.presets import flops_per_token, resolve_architecture
 from tests.bilevel.trainers import ALONE, CONFIG, make_trainer
 

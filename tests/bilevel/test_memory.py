@@ -12,7 +12,7 @@ from megatron_bliss.bilevel.memory import GIB, StepShape, block_elements, keeps_
 from megatron_bliss.bilevel.micro_batch import MicroBatch
 from megatron_bliss.bilevel.vector import ParameterVector, zeros
 from megatron_bliss.bilevel.walk import DualWalk, Walk
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.presets import resolve_architecture
 from tests.bilevel.problems import language_model, lower_loss, random_batch
 from tests.bilevel.trainers import ALONE, CONFIG, assert_same, make_trainer, run_steps

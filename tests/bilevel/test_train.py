@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.train import ProxyWarmup
-from megatron_bliss.config.config import OptimizerConfig, ProxyConfig
+from megatron_bliss.config.models import ProxyConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import BatchSchedule
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.trainers import (

@@ -10,7 +10,9 @@ import torch
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.train import BilevelTrainer
-from megatron_bliss.config.config import BilevelConfig, ModelConfig, OptimizerConfig, ScoreConfig
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ModelConfig, ScoreConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule, language_model_mask
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import build_lm

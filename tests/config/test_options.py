@@ -14,7 +14,7 @@ from megatron_bliss.base.learning_rate import rate_after
 from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.config import models, platform, stages, training
 from megatron_bliss.config.bounds import METADATA_KEY, Bounds
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.models.score import ACTIVATIONS
 from megatron_bliss.models.transformer import BLOCKS
 from megatron_bliss.run.checks import parse_arguments

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from megatron_bliss.arms import ARMS
-from megatron_bliss.config.config import Config, DataConfig, ModelConfig
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.data import DataConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.config.parse import dump_yaml, to_dict
 from megatron_bliss.config.settings import merged_settings
 from megatron_bliss.run.checks import parse_arguments

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bliss.config.config import DataConfig
+from megatron_bliss.config.data import DataConfig
 from megatron_bliss.data.splits import check_blend, check_sets, parse_split, split_bounds
 
 

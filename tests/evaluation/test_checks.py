@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bliss.config.config import EvaluationConfig
+from megatron_bliss.config.evaluation import EvaluationConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.evaluation import checks
 from tests.data.corpora import documents, write_lines

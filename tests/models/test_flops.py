@@ -1,6 +1,6 @@
 """FLOPs against a count by hand."""
 
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.flops import flops_per_token
 from megatron_bliss.models.presets import resolve_architecture
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.models.optimizer import Optimizer, learning_rate
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bliss.config.config import ModelConfig, ProxyConfig
+from megatron_bliss.config.models import ModelConfig, ProxyConfig
 from megatron_bliss.models.presets import PRESETS, parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
 

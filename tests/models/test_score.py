@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_bliss.config.config import ScoreConfig
+from megatron_bliss.config.models import ScoreConfig
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from tests.bilevel.problems import architecture, language_model, random_batch, score_model
 

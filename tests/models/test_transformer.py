@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.operations import rotary_table, rotate
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.problems import architecture, language_model

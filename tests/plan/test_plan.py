@@ -13,7 +13,8 @@ import pytest
 
 from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.bilevel.memory import GIB, StepShape, step_bytes
-from megatron_bliss.config.config import Config, ModelConfig
+from megatron_bliss.config.config import Config
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.plan.plan import Machine, make_plan

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import settings_of
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.policy import Domains

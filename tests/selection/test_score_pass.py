@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bliss.config.config import ModelConfig, ScoreConfig
+from megatron_bliss.config.models import ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.presets import resolve_architecture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_bliss.base.files import read_json
-from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import read_manifest

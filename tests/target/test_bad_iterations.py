@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.config.config import CheckpointConfig
+from megatron_bliss.config.output import CheckpointConfig
 from megatron_bliss.target.sequences import MicroBatch, TrainingSequences
 from tests.distributed import run_distributed
 from tests.targets import (

@@ -16,7 +16,7 @@ import torch
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, write_json
 from megatron_bliss.base.parallel import barrier
-from megatron_bliss.config.config import CheckpointConfig
+from megatron_bliss.config.output import CheckpointConfig
 from megatron_bliss.target import checkpoint as target_checkpoint
 from megatron_bliss.target import torch_dist
 from megatron_bliss.target.checkpoint import load_target_weights_from, save_target, start_save

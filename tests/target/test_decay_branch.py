@@ -10,7 +10,8 @@ import pytest
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.config.config import CheckpointConfig, OptimizerConfig
+from megatron_bliss.config.output import CheckpointConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.target.decay_branch import train_decay_branch
 from megatron_bliss.target.segment import Recording
 from tests.distributed import run_distributed

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bliss.config.config import PretrainingConfig
+from megatron_bliss.config.training import PretrainingConfig
 from megatron_bliss.target.health import TrainingHealth
 
 SPIKES = PretrainingConfig(loss_spike_factor=1.5, loss_spike_window=3, on_loss_spike="skip", on_nonfinite="skip")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_bliss.config.config import OptimizerConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.models.optimizer import learning_rate
 from megatron_bliss.target.learning_rate import branch_settings, build_scheduler, learning_rate_at, set_iteration
 

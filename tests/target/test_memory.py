@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_bliss.base.platform import choose_dtype
-from megatron_bliss.config.config import PlatformConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.target.memory import (
     Weight,
     activation_bytes,

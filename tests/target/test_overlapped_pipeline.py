@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.base.parallel import Groups
-from megatron_bliss.config.config import TargetConfig
+from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import build_target
 from megatron_bliss.target.sequences import MicroBatch

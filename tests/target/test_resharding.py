@@ -13,7 +13,8 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.metrics import MetricsLogger
-from megatron_bliss.config.config import CheckpointConfig, PlatformConfig
+from megatron_bliss.config.output import CheckpointConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.loop import Bookkeeping, run_steps
 from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.setup import load_target

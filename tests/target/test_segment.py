@@ -15,7 +15,10 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import barrier
-from megatron_bliss.config.config import CheckpointConfig, OptimizerConfig, PlatformConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.output import CheckpointConfig
+from megatron_bliss.config.platform import PlatformConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.target.checkpoint import save_target
 from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import last_hidden_states, output_weight

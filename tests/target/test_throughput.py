@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_bliss.config.config import PlatformConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.target.throughput import PEAK_TFLOPS, peak_by_name, peak_flops
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bliss.base import checkpoint
-from megatron_bliss.config.config import ProxyConfig, ScoreConfig, TargetConfig
+from megatron_bliss.config.models import ProxyConfig, ScoreConfig, TargetConfig
 from megatron_bliss.models.presets import parameter_count
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import build_lm

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from tools.benchmarks import cases, measure
 from tools.benchmarks.cases import CASES, Problem, Settings
 from tools.benchmarks.measure import Peak

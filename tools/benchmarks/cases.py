@@ -31,7 +31,8 @@ from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.train import BilevelTrainer
 from megatron_bliss.bilevel.vector import parameter_total
-from megatron_bliss.config.config import BilevelConfig, ModelConfig, ScoreConfig
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import Batch, language_model_mask
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import build_score_model

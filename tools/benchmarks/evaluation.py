@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from megatron_bliss.base import parallel
-from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig
+from megatron_bliss.config.models import ModelConfig, TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.data.tokenizers import BytesTokenizer, load_tokenizer
 from megatron_bliss.models.convert import huggingface_layout, reader, target_layout
 from megatron_bliss.models.huggingface import config_json, open_huggingface

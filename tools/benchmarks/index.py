@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megatron_bliss.base.files import atomic_file
-from megatron_bliss.config.config import SelectionConfig
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.indexed import blocks, contiguous_pointers, write_index_blocks
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path
 from megatron_bliss.data.subset import write_subset

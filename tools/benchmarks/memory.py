@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_bliss.bilevel.memory import GIB, StepShape, plan_step
-from megatron_bliss.config.config import ModelConfig
+from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.models.presets import resolve_architecture
 from tools.benchmarks import measure
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from megatron_bliss.base import parallel
-from megatron_bliss.config.config import ModelConfig, PlatformConfig, TargetConfig
+from megatron_bliss.config.models import ModelConfig, TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.presets import PRESETS, flops_per_token, resolve_architecture
 from megatron_bliss.target.throughput import peak_flops
 from tools.benchmarks import measure

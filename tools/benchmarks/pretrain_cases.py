@@ -30,7 +30,8 @@ from torch import Tensor
 
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.base.platform import DTYPES
-from megatron_bliss.config.config import OptimizerConfig, PretrainingConfig, TargetConfig
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.training import OptimizerConfig, PretrainingConfig
 from megatron_bliss.models.huggingface import config_json
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.model import build_target, padded_vocab_size, transformer_config

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import score_batch
-from megatron_bliss.config.config import BilevelConfig
+from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.score import ScoreModel

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_bliss.bilevel import curvature
-from megatron_bliss.config.config import BilevelConfig, OptimizerConfig
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import Batch
 from tests.bilevel import reference
 from tests.bilevel.problems import (
