@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from torch import Tensor
 
 from megatron_bliss.base import checkpoint, parallel
 from megatron_bliss.base.metrics import MetricsLogger, read_metrics
@@ -22,7 +24,7 @@ from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.target.log import MEASURED
 from megatron_bliss.target.loss import evaluate_loss
-from megatron_bliss.target.model import Target, build_target
+from megatron_bliss.target.model import Target, build_target, last_stage_hidden_states
 from megatron_bliss.target.segment import Recording, Segment, SegmentResult, train_segment
 from megatron_bliss.target.setup import TargetSetup
 
@@ -161,3 +163,16 @@ def without_times(entries: list[dict]) -> list[dict]:
 def logged(folder: Path, groups: Groups) -> list[dict]:
     """The lines of a folder's metrics on the main rank, none on others, without times."""
     return without_times(read_metrics(folder / "metrics.jsonl")) if groups.is_main else []
+
+
+def last_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int = 8) -> Tensor:
+    """tokens [b, s] -> hidden states [b, s, w] after the final norm, on every rank of the model-parallel group."""
+    found = last_stage_hidden_states(target, tokens, groups, micro_batch_size)
+    if groups.pipeline_model_parallel_size == 1:
+        return found
+    config = target[0].config
+    if found is None:
+        found = torch.empty(*tokens.shape, config.hidden_size, dtype=config.params_dtype, device=groups.device)
+    found = found.contiguous()
+    dist.broadcast(found, src=groups.pipeline_ranks[-1], group=groups.pipeline_model_parallel_group)
+    return found

@@ -248,15 +248,6 @@ def last_stage_hidden_states(target: Target, tokens: Tensor, groups: Groups, mic
     return torch.cat(parts)[:rows, :seq_length]
 
 
-def last_hidden_states(target: Target, tokens: Tensor, groups: Groups, micro_batch_size: int = 8) -> Tensor:
-    """tokens [b, s] -> hidden states [b, s, w] after the final norm, on every rank of the model-parallel group."""
-    hidden_states = last_stage_hidden_states(target, tokens, groups, micro_batch_size)
-    if hidden_states is None:
-        config = target[0].config
-        hidden_states = torch.empty(*tokens.shape, config.hidden_size, dtype=config.params_dtype, device=groups.device)
-    return _broadcast_from_last_stage(hidden_states.contiguous(), groups)
-
-
 @torch.no_grad()
 def output_weight(target: Target, groups: Groups, vocab_size: int) -> Tensor:
     """The output matrix [v, w] without its padding, gathered on every rank of the model-parallel group."""

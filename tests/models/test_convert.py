@@ -22,11 +22,11 @@ from megatron_bliss.models.convert import (
 from megatron_bliss.models.huggingface import config_json, open_huggingface, write_weights
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.models.transformer import build_lm
-from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.model import output_weight
 from megatron_bliss.target.weights import full_weights, load_full_weights
 from tests.distributed import run_distributed
 from tests.huggingface import huggingface_logits, save_huggingface, some_tokens
-from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, layout, make_target
+from tests.targets import LLAMA, NEOX, VOCAB_SIZE, grouped, last_hidden_states, layout, make_target
 
 CASES = {
     "neox": NEOX,

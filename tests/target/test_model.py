@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.target.layers import VocabularyParallelCrossEntropy, softmax_
-from megatron_bliss.target.model import build_target, last_hidden_states, output_weight, padded_vocab_size
+from megatron_bliss.target.model import build_target, output_weight, padded_vocab_size
 from tests.distributed import run_distributed
-from tests.targets import LLAMA, NEOX, SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
+from tests.targets import LLAMA, NEOX, SEQ_LENGTH, VOCAB_SIZE, grouped, last_hidden_states, layout, make_target
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", [NEOX, LLAMA], ids=["neox", "llama"])
 

@@ -21,7 +21,7 @@ from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.target.checkpoint import save_target
 from megatron_bliss.target.loss import evaluate_loss
-from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.model import output_weight
 from megatron_bliss.target.setup import load_target
 from tests.distributed import run_distributed
 from tests.targets import (
@@ -33,6 +33,7 @@ from tests.targets import (
     VOCAB_SIZE,
     evaluator,
     grouped,
+    last_hidden_states,
     layout,
     make_batches,
     make_corpus,

@@ -17,7 +17,7 @@ from megatron_bliss.models.presets import parameter_count
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import build_lm
 from megatron_bliss.target.checkpoint import save_target
-from megatron_bliss.target.model import last_hidden_states, output_weight
+from megatron_bliss.target.model import output_weight
 from megatron_bliss.target.pretrained import configured_architecture, load_pretrained, load_pretrained_proxy
 from tests.huggingface import huggingface_logits, save_huggingface, some_tokens
 from tests.targets import (
@@ -25,6 +25,7 @@ from tests.targets import (
     NEOX,
     VOCAB_SIZE,
     grouped,
+    last_hidden_states,
     layout,
     make_corpus,
     make_target,
