@@ -5,6 +5,7 @@ PYTHON ?= python3
 PIP_OPTIONS ?=
 ARGS ?=
 VENV ?= .venv
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,9 +25,10 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	@BLISS_PYTHON="$(abspath $(BIN))/python" bash examples/quickstart/run.sh $(ARGS)
 
-# One thread a process: distributed tests start several. GPUs are hidden, because these take gloo and several ranks.
+# WORKERS files of tests at a time, one thread a process: distributed tests start several. GPUs are hidden, because these
+# take gloo and several ranks.
 test: setup
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: setup
 	@$(BIN)/python -m pytest -q tests/test_gpu.py $(ARGS)

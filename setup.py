@@ -42,6 +42,6 @@ setup(
         "eval": ["lm-eval[hf]==0.4.13"],
         "fast": ["gigatoken==0.10.0"],  # young: preprocessing checks it against tokenizers, and does without it
         "gpu": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
     },
 )
