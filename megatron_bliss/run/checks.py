@@ -17,6 +17,7 @@ from megatron_bliss.data.splits import check_blend, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
+from megatron_bliss.run.order import round_stages
 from megatron_bliss.selection.select import check_selection, domain_field
 
 
@@ -98,6 +99,11 @@ def _check_run(config: Config) -> None:
         if config.arm not in config.arms:
             raise ValueError(
                 f"found arm {config.arm!r} for --stage {config.stage}, expected one of {', '.join(config.arms)}"
+            )
+        stages = round_stages(config, config.arm)
+        if config.stage not in stages:
+            raise ValueError(
+                f"found --stage {config.stage} for arm {config.arm}, expected one that it has: {', '.join(stages)}"
             )
 
 

@@ -42,6 +42,12 @@ def test_impossible_combinations_say_what_to_change(change: str, message: str, o
         parse_arguments([*[o for o in options if o.split("=")[0] != name], change])
 
 
+def test_a_stage_that_an_arm_does_not_have_is_refused(options: list[str]) -> None:
+    with pytest.raises(ValueError, match="--stage bilevel for arm random, expected one that it has: score, select"):
+        parse_arguments([*options, "--stage=bilevel", "--round=1", "--arm=random"])
+    parse_arguments([*options, "--stage=bilevel", "--round=1", "--arm=bliss"])
+
+
 def test_selection_by_domain_and_shards_by_file_need_a_provenance(options: list[str], prefix: str) -> None:
     changes = (["--data.shard_by=file"], ["--selection.policy=proportional"])
     for change in changes:
