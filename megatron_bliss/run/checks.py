@@ -13,7 +13,7 @@ from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
-from megatron_bliss.data.splits import check_blend, check_sets
+from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
@@ -46,6 +46,7 @@ def check_options(config: Config) -> None:
     _check_run(config)
     _check_sections(config)
     check_blend(config.data)
+    check_set_names(config.data)
 
 
 def not_ready(config: Config) -> list[str]:
@@ -137,8 +138,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     prefixes = {"data.train_prefix": data.train_prefix}
     if data.validation_prefix:
         prefixes["data.validation_prefix"] = data.validation_prefix
-    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
-    prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
+    for option in ("test_prefixes", "other_prefixes", "blend_prefixes"):
+        prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():
         yield partial(_check_prefix, name, prefix, data.train_prefix)
     if data.shard_by == "file":
