@@ -25,7 +25,7 @@ from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_mani
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.selection.combine import COMBINATIONS, mean_score
 from megatron_bliss.selection.policies import POLICIES
-from megatron_bliss.selection.select import apply_policy, check_selection
+from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
 
 SHARES = dict[str, float]
 """Settings of this type are given as NAME=SHARE words."""
@@ -182,8 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     prefix = run(options)
-    counts = read_manifest(prefix)["counts"]
+    manifest = read_manifest(prefix)
+    counts = manifest["counts"]
     print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+    for line in selection_lines(manifest["policy"]):
+        print(line)
     print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 

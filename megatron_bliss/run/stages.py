@@ -35,7 +35,7 @@ from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_fie
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, repetition_warnings
+from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -184,7 +184,10 @@ def select_units(this: Round, folder: Path) -> dict:
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
-    counts = read_manifest(selected)["counts"]
+    manifest = read_manifest(selected)
+    counts = manifest["counts"]
+    for line in selection_lines(manifest["policy"]):
+        print(f"{this.arm}, round {this.number}: {line}", file=sys.stderr, flush=True)
     warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -48,3 +48,7 @@ class Policy:
     """``share(settings, tokens)``: about what part of so many tokens is kept, for plans; None: the scores decide."""
     lowest_score_as: str = "lowest_score_kept"
     """Name of the lowest score kept in the manifest."""
+    measure: Callable[[np.ndarray, Any], dict[str, float]] = lambda scores, settings: {}
+    """``measure(scores, settings)``: more numbers for the manifest, of the scores that ``keep`` was given."""
+    describe: Callable[[dict], str | None] = lambda record: None
+    """``describe(record)``: a line for the user on what the manifest says of a selection; None: no line."""

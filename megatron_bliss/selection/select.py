@@ -71,8 +71,15 @@ def apply_policy(
             f"{scores.max():g}, expected at least one: {policy.to_keep_more}"
         )
     lowest = {policy.lowest_score_as: float(scores[ids].min())}
-    record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest}
+    record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest, **policy.measure(scores, settings)}
     return (ids if remaining is None else remaining[ids]), record, policy.label(settings).replace(".", "p")
+
+
+def selection_lines(record: dict) -> list[str]:
+    """Lines for the user on a selection, or on each part of a combined one; record: the policy in the manifest."""
+    parts = record.get("parts", [record])
+    lines = [POLICIES[part["name"]].describe(part) for part in parts]
+    return [line for line in lines if line is not None]
 
 
 def domain_field(selection: SelectionConfig) -> str | None:

@@ -34,14 +34,14 @@ def selecting(policy="top_fraction", epoch_warning=4.0, **settings):
 def test_every_policy_can_be_chosen_and_is_recorded(pool):
     scores = np.random.default_rng(0).random(60).astype(np.float32)
     for name in POLICIES:
-        shares = {"letter": 0.5} if name == "quotas" else {}
-        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=900, quotas=shares)
+        own_shares = {name: {"letter": 0.5}} if name in ("quotas", "floors") else {}
+        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=900, **own_shares)
         check_selection(selection)
         ids, policy, label = apply_policy(pool, scores, selection, seed=5)
         assert (np.diff(ids) > 0).all() and 0 < len(ids) < 60 and "." not in label
         assert policy["name"] == name and policy["seed"] == 5 and json.loads(json.dumps(policy)) == policy
         own = {field.name for field in dataclasses.fields(POLICIES[name].settings)}
-        assert own < policy.keys() and policy.get("fraction", 0.25) == 0.25 and policy.get("quotas", shares) == shares
+        assert own < policy.keys() and policy.get("fraction", 0.25) == 0.25 and own_shares.items() <= policy.items()
         assert policy.get("lowest_score_kept", policy.get("threshold")) == scores[ids].min()
         np.testing.assert_array_equal(ids, apply_policy(pool, scores, selection, seed=5)[0])
 
@@ -72,6 +72,9 @@ def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
         ({"policy": "quotas"}, "expected quotas with the policy quotas"),
         ({"quotas": {"a": 0.5}}, "with no other"),
         ({"policy": "quotas", "quotas": {"a": 0.6, "b": 0.6}}, "sum to at most 1"),
+        ({"policy": "floors"}, "expected floors with the policy floors"),
+        ({"floors": {"a": 0.5}}, "with no other"),
+        ({"random_share": 1.1}, "selection.random_share 1.1"),
         ({"policy": "luck"}, "selection.policy 'luck', expected one of top_fraction, "),
         ({"fractoin": 0.2}, "selection.fractoin, which no policy has, expected settings of fraction, "),
     ],
@@ -104,7 +107,7 @@ def test_a_run_fills_the_token_budget_with_a_round(pool):
 
 
 def test_what_a_plan_is_told_to_be_kept():
-    for name in ("top_fraction", "gumbel", "proportional", "quotas"):
+    for name in ("top_fraction", "gumbel", "mixed", "proportional", "floors", "quotas"):
         assert kept_share(selecting(name, fraction=0.3), 1000, 77) == 0.3
     assert kept_share(selecting("threshold"), 1000, 77) is None
     assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0

@@ -49,9 +49,13 @@ def test_every_policy_keeps_what_it_says(scored, capsys):
         (["--policy", "proportional", "--fraction", "0.5"], 5, 15),
         (["--policy", "quotas", "--fraction", "0.5", "--quotas", "letter=0.2", "river=0.6"], 3, 15),
         (["--policy", "gumbel", "--fraction", "0.3", "--temperature", "0.01"], 9, 9),
+        (["--policy", "floors", "--fraction", "0.5", "--floors", "river=0.4", "winter=0.2"], 6, 15),
+        (["--policy", "mixed", "--fraction", "0.3", "--random-share", "0"], 9, 9),
     ):
         ids, manifest = kept_units(prefix, scores, capsys, *options)
         assert len(ids) == count and (ids % 3 == 1).sum() == letters and manifest["policy"]["name"] == options[1]
+    assert make_subset(prefix, scores, "--policy", "gumbel", "--fraction", "0.3", "--temperature", "1e-3") == 0
+    assert "temperature 0.001: the effective sample size is 33.33% of the units" in capsys.readouterr().out
     ids, manifest = kept_units(prefix, scores, capsys, "--policy", "token_budget", "--tokens", "600")
     assert manifest["counts"]["tokens"] <= 600 and set(ids % 3) == {1}
     for options, message in (
