@@ -27,5 +27,7 @@ class SelectionConfig:
     """Which units are kept."""
     epoch_warning: float = bounded(4.0, above=0)
     """Warn when the target will see the tokens of a selection more often than this in one round."""
+    fraction_schedule: list[float] = bounded(default_factory=list, above=0, maximum=1)
+    """In place of fraction: share of units kept in each round, such as [0.4,0.3,0.2,0.1] (empty: fraction in all)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the policies (selection/policies/), those not chosen among them: selection.fraction and others."""

@@ -18,7 +18,7 @@ from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import round_stages
-from megatron_bliss.selection.select import check_selection, domain_field
+from megatron_bliss.selection.select import check_schedule, check_selection, domain_field
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -43,6 +43,7 @@ def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
     check_bounds(config)
     check_selection(config.selection)
+    check_schedule(config.selection, config.rounds)
     _check_run(config)
     _check_sections(config)
     check_blend(config.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,14 @@ class Units:
         return Domains(codes if self._kept is None else codes[self._kept], names)
 
 
+def in_round(selection: SelectionConfig, number: int) -> SelectionConfig:
+    """The selection of a run's round ``number``, counted from 1: with the schedule's fraction, where there is one."""
+    if not selection.fraction_schedule:
+        return selection
+    fraction = selection.fraction_schedule[number - 1]
+    return replace(selection, settings=selection.settings | {"fraction": fraction})
+
+
 def chosen_settings(selection: SelectionConfig, round_tokens: int | None = None) -> Any:
     """The settings of the chosen policy, for a target that trains on ``round_tokens`` in one round (None: no run)."""
     policy = POLICIES[selection.policy]
@@ -68,7 +76,7 @@ def apply_policy(
     if not len(ids):
         raise ValueError(
             f"policy {selection.policy} keeps no unit of {prefix}, whose scores go from {scores.min():g} to "
-            f"{scores.max():g}, expected at least one: {policy.to_keep_more}"
+            f"{scores.max():g}, expected at least one: {_to_keep_more(selection)}"
         )
     lowest = {policy.lowest_score_as: float(scores[ids].min())}
     record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest, **policy.measure(scores, settings)}
@@ -108,6 +116,21 @@ def check_selection(selection: SelectionConfig) -> None:
         policy.check(settings, name == selection.policy)
 
 
+def check_schedule(selection: SelectionConfig, rounds: int) -> None:
+    """Refuse a schedule that has not one fraction a round, or that the policy would not look at."""
+    schedule = selection.fraction_schedule
+    if schedule and len(schedule) != rounds:
+        raise ValueError(
+            f"found selection.fraction_schedule {schedule} for {rounds} rounds, expected one fraction for each: change "
+            "it, or rounds"
+        )
+    if schedule and not hasattr(chosen_settings(selection), "fraction"):
+        raise ValueError(
+            f"found selection.fraction_schedule {schedule} with selection.policy {selection.policy}, expected a policy "
+            "that keeps a fraction: change one of them"
+        )
+
+
 def repetition_warnings(train_tokens: int, selected_tokens: int, selection: SelectionConfig) -> list[str]:
     """A line for the user when training repeats a selection more often than ``selection.epoch_warning``; [] otherwise.
 
@@ -119,8 +142,14 @@ def repetition_warnings(train_tokens: int, selected_tokens: int, selection: Sele
     return [
         f"the target will train on {train_tokens:,} tokens of a selection that has {selected_tokens:,}: {epochs:.1f} "
         f"epochs, more than selection.epoch_warning={selection.epoch_warning:g}; "
-        f"{POLICIES[selection.policy].to_keep_more}, lower pretraining.train_iters, or prepare more data"
+        f"{_to_keep_more(selection)}, lower pretraining.train_iters, or prepare more data"
     ]
+
+
+def _to_keep_more(selection: SelectionConfig) -> str:
+    """What to change for more units, as messages say it."""
+    text = POLICIES[selection.policy].to_keep_more
+    return text.replace("selection.fraction", "selection.fraction_schedule") if selection.fraction_schedule else text
 
 
 def _without(excluded: np.ndarray, count: int, prefix: str | os.PathLike) -> np.ndarray:

@@ -24,6 +24,7 @@ from megatron_bliss.run.checks import check, check_layout, parse_arguments
         ("--stage=select", "expected 1 to 4"),
         ("--round=1", "without --stage"),
         ("--selection.fraction=1.5", "selection.fraction"),
+        ("--selection.fraction_schedule=[0.2,0.1]", "0.1] for 4 rounds, expected one fraction for each"),
         ("--bilevel.damping=-1", "bilevel.damping"),
         ("--pretraining.train_iters=0", "pretraining.train_iters"),
         ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),

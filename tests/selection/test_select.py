@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.selection.policies import POLICIES
-from megatron_bliss.selection.select import apply_policy, check_selection, kept_share, repetition_warnings
+from megatron_bliss.selection.select import (
+    apply_policy,
+    check_schedule,
+    check_selection,
+    in_round,
+    kept_share,
+    repetition_warnings,
+)
 from tests.data.corpora import documents, write_lines
 from tests.runs import run, write_texts
 
@@ -111,6 +119,42 @@ def test_what_a_plan_is_told_to_be_kept():
         assert kept_share(selecting(name, fraction=0.3), 1000, 77) == 0.3
     assert kept_share(selecting("threshold"), 1000, 77) is None
     assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0
+
+
+def test_a_schedule_has_a_fraction_for_every_round():
+    scheduled = dataclasses.replace(selecting("mixed", fraction=0.9), fraction_schedule=[0.4, 0.1])
+    check_schedule(scheduled, 2)
+    for number, fraction in ((1, 0.4), (2, 0.1)):
+        selection = in_round(scheduled, number)
+        assert selection.settings == {"fraction": fraction} and kept_share(selection, 1000, 77) == fraction
+    assert "raise selection.fraction_schedule, " in repetition_warnings(5000, 1000, scheduled)[0]
+    assert in_round(selecting(fraction=0.3), 2) == selecting(fraction=0.3)
+    with pytest.raises(
+        ValueError, match=r"fraction_schedule \[0.4, 0.1\] for 3 rounds, expected one fraction for each"
+    ):
+        check_schedule(scheduled, 3)
+    with pytest.raises(ValueError, match="with selection.policy threshold, expected a policy that keeps a fraction"):
+        check_schedule(dataclasses.replace(scheduled, policy="threshold"), 2)
+
+
+def test_a_run_keeps_what_its_schedule_says(corpus, tmp_path):
+    options = ["--arms", "random", "--selection.policy", "gumbel", "--selection.fraction_schedule", "[0.5, 0.1]"]
+    options += ["--evaluation.tasks", "[]"]
+    done = run(corpus, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    shards = read_json(tmp_path / "run/shards/done.json")["prefixes"]
+    for number, fraction in ((1, 0.5), (2, 0.1)):
+        folder = tmp_path / f"run/random/round_{number:02d}/select"
+        record = read_json(folder / "done.json")
+        shard = read_manifest(tmp_path / "run/shards" / shards[number])["counts"]["units"]
+        assert record["units"] == round(fraction * shard)
+        policy = read_manifest(folder / record["prefix"])["policy"]
+        assert policy["fraction"] == fraction and 0 < policy["effective_sample_share"] < 1
+        share = f"{policy['effective_sample_share']:.2%}"
+        assert f"random, round {number}: gumbel, temperature 1: the effective sample size is {share}" in done.stderr
+    shutil.rmtree(folder)
+    again = run(corpus, tmp_path / "run", *options, "--stage", "select", "--round", "2", "--arm", "random")
+    assert again.returncode == 0 and read_json(folder / "done.json")["prefix"] == record["prefix"]
 
 
 def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):
