@@ -14,6 +14,8 @@ from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import merged_settings, pick
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.provenance import provenance_codes
+from megatron_bliss.selection.fraction import as_many_of
+from megatron_bliss.selection.near_duplicates import without_near_duplicates
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.policy import Domains
 
@@ -65,14 +67,24 @@ def apply_policy(
 
     scores: float[n], one per unit. excluded: unit numbers that are taken out first; a fraction is then one of the rest.
     round_tokens: those that the target trains on in one round, in a run. The policy's record for the manifest has its
-    settings, the seed and the lowest score kept. Raises ValueError when nothing is kept.
+    settings, the seed and the lowest score kept. Near-duplicates of better units are taken out before the policy sees
+    the scores, so that it need not know of them, but a fraction stays one of all units. Raises ValueError when nothing
+    is kept.
     """
     remaining = None if excluded is None else _without(excluded, len(scores), prefix)
     if remaining is not None:
         scores = scores[remaining]
     policy, settings = POLICIES[selection.policy], chosen_settings(selection, round_tokens)
+    applied, found = settings, {}
+    if selection.near_duplicates:
+        before = len(scores)
+        ids = np.arange(before) if remaining is None else remaining
+        stays = without_near_duplicates(IndexedCorpus(prefix), ids, scores, selection.near_duplicates, seed=seed)
+        remaining, scores = ids[stays], scores[stays]
+        applied = as_many_of(settings, before, len(scores))
+        found = {"near_duplicates": selection.near_duplicates, "near_duplicates_left_out": before - len(scores)}
     units = Units(prefix, domain_field(selection), remaining)
-    ids = policy.keep(scores, settings, seed=seed, **{need: getattr(units, need) for need in policy.needs})
+    ids = policy.keep(scores, applied, seed=seed, **{need: getattr(units, need) for need in policy.needs})
     if not len(ids):
         raise ValueError(
             f"policy {selection.policy} keeps no unit of {prefix}, whose scores go from {scores.min():g} to "
@@ -80,13 +92,16 @@ def apply_policy(
         )
     lowest = {policy.lowest_score_as: float(scores[ids].min())}
     record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest, **policy.measure(scores, settings)}
-    return (ids if remaining is None else remaining[ids]), record, policy.label(settings).replace(".", "p")
+    return (ids if remaining is None else remaining[ids]), record | found, policy.label(settings).replace(".", "p")
 
 
 def selection_lines(record: dict) -> list[str]:
     """Lines for the user on a selection, or on each part of a combined one; record: the policy in the manifest."""
-    parts = record.get("parts", [record])
-    lines = [POLICIES[part["name"]].describe(part) for part in parts]
+    lines = []
+    for part in record.get("parts", [record]):
+        lines.append(POLICIES[part["name"]].describe(part))
+        if "near_duplicates" in part:
+            lines.append(f"left out: {part['near_duplicates_left_out']:,} near-duplicates of units with a better score")
     return [line for line in lines if line is not None]
 
 

@@ -139,7 +139,7 @@ def test_a_schedule_has_a_fraction_for_every_round():
 
 def test_a_run_keeps_what_its_schedule_says(corpus, tmp_path):
     options = ["--arms", "random", "--selection.policy", "gumbel", "--selection.fraction_schedule", "[0.5, 0.1]"]
-    options += ["--evaluation.tasks", "[]"]
+    options += ["--evaluation.tasks", "[]", "--selection.near_duplicates", "0.2"]
     done = run(corpus, tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
     shards = read_json(tmp_path / "run/shards/done.json")["prefixes"]
@@ -150,6 +150,8 @@ def test_a_run_keeps_what_its_schedule_says(corpus, tmp_path):
         assert record["units"] == round(fraction * shard)
         policy = read_manifest(folder / record["prefix"])["policy"]
         assert policy["fraction"] == fraction and 0 < policy["effective_sample_share"] < 1
+        left_out = policy["near_duplicates_left_out"]
+        assert left_out > 0 and f"random, round {number}: left out: {left_out:,} near-duplicates" in done.stderr
         share = f"{policy['effective_sample_share']:.2%}"
         assert f"random, round {number}: gumbel, temperature 1: the effective sample size is {share}" in done.stderr
     shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """tools/subset_index.py: scores become the subset that the policy says."""
 
+import json
 import os
 import re
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import root_units, write_subset
-from tests.data.corpora import write_corpus
+from tests.data.corpora import SENTENCES, write_corpus, write_lines
 from tools import inspect_index, subset_index
 
 
@@ -67,6 +69,24 @@ def test_every_policy_keeps_what_it_says(scored, capsys):
     ):
         assert make_subset(prefix, scores, *options) == 1
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_of_near_duplicates_the_best_is_kept(tmp_path, capsys):
+    texts = [sentence * 3 for sentence in SENTENCES]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, *texts, "x" + texts[0]]])
+    prefix, scores = str(tmp_path / "X"), str(tmp_path / "scores.npy")
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=prefix, tokenizer_type="bytes"))
+    np.save(scores, np.arange(11, dtype=np.float32))
+    (tmp_path / "scores.json").write_text(json.dumps({"corpus_digest": corpus_digest(prefix)}))
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "0.8", "--combine", "union") == 0
+    output = capsys.readouterr().out
+    subset = output.partition(":")[0]
+    np.testing.assert_array_equal(root_units(subset), [7, 8, 9, 10])
+    assert "left out: 6 near-duplicates of units with a better score" in output
+    (policy,) = read_manifest(subset)["policy"]["parts"]
+    assert policy["near_duplicates"] == 0.8 and policy["fraction"] == 0.4
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "1.5") == 1
+    assert "found selection.near_duplicates 1.5, expected 0 to 1" in capsys.readouterr().err
 
 
 def test_score_files_are_combined_and_excluded_units_left_out(scored, tmp_path, capsys):
