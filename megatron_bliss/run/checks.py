@@ -18,7 +18,8 @@ from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import round_stages
-from megatron_bliss.selection.select import check_selection, domain_field
+from megatron_bliss.selection.near_duplicates import check_library
+from megatron_bliss.selection.select import check_schedule, check_selection, domain_field
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -43,6 +44,7 @@ def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
     check_bounds(config)
     check_selection(config.selection)
+    check_schedule(config.selection, config.rounds)
     _check_run(config)
     _check_sections(config)
     check_blend(config.data)
@@ -132,7 +134,7 @@ def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
 
 
 def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
-    """One check per thing that has to lie on the disk, which raises ValueError where it does not."""
+    """One check per thing that has to lie on this machine's disk, which raises ValueError where it does not."""
     data = config.data
     yield partial(check_sets, data)
     prefixes = {"data.train_prefix": data.train_prefix}
@@ -144,6 +146,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
         yield partial(_check_prefix, name, prefix, data.train_prefix)
     if data.shard_by == "file":
         yield partial(require_field, data.train_prefix, "file")
+    if config.selection.near_duplicates:
+        yield check_library
     if (column := domain_field(config.selection)) is not None:
         yield partial(require_field, data.train_prefix, column)
     if config.evaluation.tasks:

@@ -35,7 +35,7 @@ from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_fie
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, repetition_warnings
+from megatron_bliss.selection.select import apply_policy, in_round, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -170,7 +170,7 @@ def _new_regressor(this: Round) -> ScoreModel:
 def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     session, config, selected = this.session, this.session.config, ""
-    prefix = shard_prefix(session, this.number)
+    prefix, selection = shard_prefix(session, this.number), in_round(config.selection, this.number)
     round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
     score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
@@ -179,13 +179,16 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            ids, policy, label = apply_policy(prefix, scores, config.selection, seed=seed, round_tokens=round_tokens)
+            ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=round_tokens)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
-    counts = read_manifest(selected)["counts"]
-    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
+    manifest = read_manifest(selected)
+    counts = manifest["counts"]
+    for line in selection_lines(manifest["policy"]):
+        print(f"{this.arm}, round {this.number}: {line}", file=sys.stderr, flush=True)
+    warnings = repetition_warnings(round_tokens, counts["tokens"], selection)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {

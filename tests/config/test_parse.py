@@ -65,8 +65,9 @@ def test_settings_of_choices_are_options_of_their_section(options: list[str], tm
     assert config.selection.policy == "gumbel" and config.selection.epoch_warning == 4.0
     assert config.selection.settings["temperature"] == 0.5 and config.selection.settings["fraction"] == 0.4
     flat = to_dict(config)["selection"]
-    assert flat == {"policy": "gumbel", "epoch_warning": 4.0, **config.selection.settings}
-    assert flat.keys() == {"policy", "epoch_warning", *merged_settings(TABLES["selection.policy"])}
+    own = {"policy": "gumbel", "epoch_warning": 4.0, "fraction_schedule": [], "near_duplicates": 0.0}
+    assert flat == {**own, **config.selection.settings}
+    assert flat.keys() == {*own, *merged_settings(TABLES["selection.policy"])}
     whole = parse_arguments([*options, "--selection", yaml.safe_dump(flat, default_flow_style=True)])
     assert whole.selection == config.selection
 

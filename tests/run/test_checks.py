@@ -10,7 +10,9 @@ import pytest
 
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
-from megatron_bliss.run.checks import check, check_layout, parse_arguments
+from megatron_bliss.run.checks import check, check_layout, not_ready, parse_arguments
+from megatron_bliss.run.options import parse_options
+from megatron_bliss.selection import near_duplicates
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,7 @@ from megatron_bliss.run.checks import check, check_layout, parse_arguments
         ("--stage=select", "expected 1 to 4"),
         ("--round=1", "without --stage"),
         ("--selection.fraction=1.5", "selection.fraction"),
+        ("--selection.fraction_schedule=[0.2,0.1]", "0.1] for 4 rounds, expected one fraction for each"),
         ("--bilevel.damping=-1", "bilevel.damping"),
         ("--pretraining.train_iters=0", "pretraining.train_iters"),
         ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),
@@ -59,6 +62,15 @@ def test_selection_by_domain_and_shards_by_file_need_a_provenance(options: list[
     with pytest.raises(ValueError, match="no column 'domain', expected one of file, topic"):
         parse_arguments([*options, *changes[1]])
     parse_arguments([*options, *changes[0], *changes[1], "--selection.domain_field=topic"])
+
+
+def test_near_duplicates_need_their_library(options: list[str], monkeypatch) -> None:
+    parse_arguments([*options, "--selection.near_duplicates=0.8"])
+    monkeypatch.setattr(near_duplicates, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no package datasketch"):
+        parse_arguments([*options, "--selection.near_duplicates=0.8"])
+    assert len(not_ready(parse_options([*options, "--selection.near_duplicates=0.8"]))) == 1
+    parse_arguments(options)
 
 
 def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Path) -> None:
