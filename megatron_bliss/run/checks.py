@@ -73,6 +73,7 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
             f"found pretraining.global_batch_size {training.global_batch_size}, expected a multiple of "
             f"pretraining.micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
         )
+    _check_every_rank_draws(config, world_size)
     warnings = []
     for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
         section, key = name.split(".")
@@ -83,6 +84,17 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
                 f"of {world_size} costs no more time"
             )
     return warnings
+
+
+def _check_every_rank_draws(config: Config, world_size: int) -> None:
+    fewest = min(config.bilevel.global_batch_size, config.bilevel.validation_batch_size)
+    needing = [arm for arm in config.arms if ARMS[arm].scheme.every_rank_draws]
+    if needing and fewest < world_size:
+        raise ValueError(
+            f"found bilevel.global_batch_size {config.bilevel.global_batch_size} and bilevel.validation_batch_size "
+            f"{config.bilevel.validation_batch_size} on {world_size} ranks, expected a sample of both for every rank: "
+            f"raise them, or leave out the arm {', '.join(needing)}"
+        )
 
 
 def _check_run(config: Config) -> None:
