@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.selection import ScoringConfig
 from megatron_bliss.models.presets import Architecture
 
 
@@ -34,6 +35,10 @@ class Sizes:
     proxy: Architecture
     target_weights: int
     """Elements of the target on the rank that holds most."""
+    scoring: ScoringConfig
+    """How a model reads a shard."""
+    device: str
+    """cpu or cuda."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def inputs(folder: Path, groups, **changes) -> Inputs:
         "load_moments": None,
         "target_architecture": None,
         "target_optimizer": None,
+        "load_proxy": None,
         "load_score_model": None,
         "new_score_model": None,
         "train": None,

@@ -259,6 +259,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
         "load_moments": lambda target: load_moments(checkpoint(folder, "neox"), target, groups),
         "target_architecture": NEOX,
         "target_optimizer": OptimizerConfig(),
+        "load_proxy": None,
         "load_score_model": None,
         "new_score_model": functools.partial(
             build_score_model, ScoreConfig(activation="identity"), replace(NEOX, num_layers=1), seed=7
