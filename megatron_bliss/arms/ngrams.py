@@ -74,11 +74,21 @@ def count_reference(counter: NgramBuckets, reference: BatchSource) -> np.ndarray
     """int64 [buckets] over the whole reference set: all its tokens, labelled or not."""
     total = np.zeros(counter.buckets, dtype=np.int64)
     for start in range(0, len(reference), BLOCK_UNITS):
-        batch = reference.batch(np.arange(start, min(start + BLOCK_UNITS, len(reference))))
-        real = np.arange(batch.tokens.shape[1])[None, :] < batch.lengths.numpy()[:, None]
-        rows, columns = np.nonzero(real)
-        total += counter.count(batch.tokens.numpy()[real], rows, columns)
+        ids = np.arange(start, min(start + BLOCK_UNITS, len(reference)))
+        total += np.bincount(ngrams_of(counter, reference, ids)[1], minlength=counter.buckets)
     return total
+
+
+def ngrams_of(counter: NgramBuckets, source: BatchSource, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, bucket) int64 [n-grams] of samples of a reference set or shard: all their tokens, labelled or not."""
+    rows, buckets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start in range(0, len(ids), BLOCK_UNITS):
+        batch = source.batch(ids[start : start + BLOCK_UNITS])
+        real = np.arange(batch.tokens.shape[1])[None, :] < batch.lengths.numpy()[:, None]
+        found, found_buckets = counter.of(batch.tokens.numpy()[real], *np.nonzero(real))
+        rows.append(found + start)
+        buckets.append(found_buckets)
+    return np.concatenate(rows), np.concatenate(buckets)
 
 
 def log_weights(counter: NgramBuckets, source: UnitDataset, ids: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
