@@ -55,6 +55,10 @@ class Memory:
     """What to change where it does not fit."""
 
 
+def accept_any(options: Any, train_prefix: str) -> None:
+    """The check of an arm whose options need nothing on the disk."""
+
+
 def reads_nothing(options: Any, shard: Shard) -> tuple[int, float]:
     """The work of an arm without a model."""
     return 0, 0.0
@@ -76,6 +80,8 @@ class Arm:
     """Number on arXiv."""
     settings: type | None = None
     """Frozen dataclass of its options, ``--baselines.NAME.OPTION``; the string under a field is its help."""
+    check: Callable[[Any, str], None] = accept_any
+    """(its options, data.train_prefix) -> ValueError where they cannot work with what lies on the disk."""
     stages: tuple[str, ...] = ()
     """Stages of its rounds that come before ``score``."""
     work: Callable[[Any, Shard], tuple[int, float]] = reads_nothing

@@ -32,6 +32,8 @@ class Inputs:
 
     source: UnitDataset
     reference: BatchSource
+    train_prefix: str
+    """The corpus that the shard was dealt from."""
     eod: int
     """Id of the token that ends documents."""
     seed: int

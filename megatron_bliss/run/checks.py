@@ -141,6 +141,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
     for name, prefix in prefixes.items():
         yield partial(_check_prefix, name, prefix, data.train_prefix)
+    for arm in config.arms:
+        yield partial(ARMS[arm].check, config.baselines.get(arm), data.train_prefix)
     if data.shard_by == "file":
         yield partial(require_field, data.train_prefix, "file")
     if (column := domain_field(config.selection)) is not None:

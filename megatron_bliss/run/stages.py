@@ -128,6 +128,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
     return Inputs(
         source=source,
         reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
+        train_prefix=config.data.train_prefix,
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=this.seed("score"),
         folder=parts,

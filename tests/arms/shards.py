@@ -29,6 +29,7 @@ def make_inputs(data: Path, groups, **changes) -> Inputs:
     """The round of the shard ``data/shard`` and the reference set ``data/reference``."""
     defaults = {
         **{name: UnitDataset(str(data / file), LENGTH) for name, file in FILES.items() if name not in changes},
+        "train_prefix": "",
         "eod": EOD,
         "seed": 3,
         "folder": data / "parts",

@@ -37,6 +37,7 @@ def inputs(folder: Path, groups, **changes) -> Inputs:
     defaults = {
         "source": UnitDataset(str(folder / "shard"), LENGTH),
         "reference": UnitDataset(str(folder / "reference"), LENGTH),
+        "train_prefix": "",
         "eod": EOD,
         "seed": 3,
         "folder": folder / "parts",

@@ -248,6 +248,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
     defaults = {
         "source": UnitDataset(str(folder / "shard"), SEQ_LENGTH),
         "reference": UnitDataset(str(folder / "reference"), SEQ_LENGTH),
+        "train_prefix": "",
         "eod": 0,
         "seed": 3,
         "folder": parts,
