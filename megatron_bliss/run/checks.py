@@ -156,6 +156,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
         prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():
         yield partial(_check_prefix, name, prefix, data.train_prefix)
+    for arm in config.arms:
+        yield partial(ARMS[arm].check, config.baselines.get(arm), data.train_prefix)
     if data.shard_by == "file":
         yield partial(require_field, data.train_prefix, "file")
     if config.selection.near_duplicates:

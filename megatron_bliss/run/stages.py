@@ -130,6 +130,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
     return Inputs(
         source=source,
         reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
+        train_prefix=config.data.train_prefix,
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=this.seed("score"),
         folder=parts,
@@ -141,10 +142,18 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
         load_moments=lambda target: load_moments(checkpoint_path(), target, groups),
         target_architecture=session.target_architecture,
         target_optimizer=config.pretraining.optimizer,
+        load_proxy=lambda: _warm_proxy(session),
         load_score_model=lambda: _trained_score_model(this),
         new_score_model=lambda: _new_regressor(this),
         train=train,
     )
+
+
+def _warm_proxy(session: Session) -> tuple[LanguageModel, dict]:
+    """The proxy as its warm-up left it, in the precision of scoring, and what it is."""
+    folder, dtype = warmup(session).folder("proxy"), session.config.scoring.params_dtype
+    model = _saved_proxy(session, folder, "score")
+    return model.to(DTYPES[dtype]), {"model_digest": sha256_file(folder / FINAL_STATE), "params_dtype": dtype}
 
 
 def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:

@@ -248,6 +248,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
     defaults = {
         "source": UnitDataset(str(folder / "shard"), SEQ_LENGTH),
         "reference": UnitDataset(str(folder / "reference"), SEQ_LENGTH),
+        "train_prefix": "",
         "eod": 0,
         "seed": 3,
         "folder": parts,
@@ -259,6 +260,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
         "load_moments": lambda target: load_moments(checkpoint(folder, "neox"), target, groups),
         "target_architecture": NEOX,
         "target_optimizer": OptimizerConfig(),
+        "load_proxy": None,
         "load_score_model": None,
         "new_score_model": functools.partial(
             build_score_model, ScoreConfig(activation="identity"), replace(NEOX, num_layers=1), seed=7
