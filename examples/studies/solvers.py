@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tools/, when
 from megatron_bliss.base.files import atomic_file  # noqa: E402
 from megatron_bliss.base.parallel import World  # noqa: E402
 from megatron_bliss.bilevel.hypergradient import score_batch  # noqa: E402
+from megatron_bliss.bilevel.published import PublishedTrainer  # noqa: E402
 from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup  # noqa: E402
 from megatron_bliss.config.bilevel import BilevelConfig  # noqa: E402
 from megatron_bliss.config.models import ModelConfig, ProxyConfig, ScoreConfig  # noqa: E402
@@ -36,7 +37,6 @@ from megatron_bliss.data.provenance import read_provenance  # noqa: E402
 from megatron_bliss.models.score import ScoreModel, build_score_model  # noqa: E402
 from megatron_bliss.models.transformer import LanguageModel, build_lm  # noqa: E402
 from tools.benchmarks.measure import machine  # noqa: E402
-from tools.benchmarks.published import PublishedTrainer  # noqa: E402
 
 CPU = torch.device("cpu")
 ALONE = World(None, 0, 1, CPU)
@@ -150,7 +150,7 @@ def _trainer(arm: str, proxy: LanguageModel, score_model: ScoreModel, schedules,
     )
     changes = ARMS[arm][1]
     if changes is None:
-        return PublishedTrainer(config, proxy, score_model, None, *schedules)
+        return PublishedTrainer(config, proxy, score_model, None, *schedules, ALONE)
     return BilevelTrainer(replace(config, **changes), proxy, score_model, None, *schedules, ALONE)
 
 

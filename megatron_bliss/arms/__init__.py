@@ -3,5 +3,7 @@
 from megatron_bliss.arms.arm import Arm
 from megatron_bliss.config.choices import Choices
 
-ARMS: Choices[Arm] = Choices("megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates"))
+ARMS: Choices[Arm] = Choices(
+    "megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates", "identity", "single_level", "published")
+)
 """The arms by the names that ``--arms`` knows."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bliss.arms.inputs import Inputs, Scores
+from megatron_bliss.bilevel.scheme import ENGINE, Scheme
+from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.models.presets import Architecture
 
@@ -55,6 +57,11 @@ def reads_nothing(options: Any, shard: Shard) -> tuple[int, float]:
     return 0, 0.0
 
 
+def as_they_are(options: BilevelConfig) -> BilevelConfig:
+    """The options of an arm whose bilevel stage is the run's."""
+    return options
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to score units: the record ``ARM`` at the end of its file.
@@ -73,6 +80,10 @@ class Arm:
     """Frozen dataclass of its options, ``--baselines.NAME.OPTION``; the string under a field is its help."""
     stages: tuple[str, ...] = ()
     """Stages of its rounds that come before ``score``."""
+    bilevel_options: Callable[[BilevelConfig], BilevelConfig] = as_they_are
+    """The run's section ``bilevel`` -> that of the arm's bilevel stage; its help says what it fixes."""
+    scheme: Scheme = ENGINE
+    """How that stage is carried out."""
     work: Callable[[Any, Shard], tuple[int, float]] = reads_nothing
     """(its options, a shard) -> (tokens of the shard that a model reads, model FLOPs of the whole score stage)."""
     params_dtype: str | None = None

@@ -92,6 +92,13 @@ def gradient_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
     return _walk_bytes(replace(shape, teacher=False), samples, recompute=recompute, dual=False)
 
 
+def planned_gradient_bytes(shape: StepShape, samples: int, recompute: bool | None, kept: int) -> int:
+    """The same where graphs are kept while they take at most ``kept`` bytes, unless ``recompute`` says."""
+    if recompute is None:
+        recompute = graph_bytes(shape.arch, samples * shape.seq_length, shape.element_size, dual=False) > kept
+    return gradient_bytes(shape, samples, recompute=recompute)
+
+
 def _walk_bytes(shape: StepShape, samples: int, *, recompute: bool, dual: bool) -> int:
     arch, tokens = shape.arch, samples * shape.seq_length
     # buffers [chunk, v] of the head (head.py): probabilities and logits, with KL the teacher's and a scratch

@@ -78,6 +78,31 @@ SIGNS: dict[str, tuple[Callable[[Values, Limits], bool], str]] = {
 """name -> (sign, advice)."""
 
 
+def batch_metrics(
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    losses: torch.Tensor,
+    kl: float,
+    num_samples: int,
+    group: dist.ProcessGroup | None,
+) -> Values:
+    """What to log of a batch with P_i, s_i and l_i [b] on this rank and n samples over all; in one small all-reduce."""
+    n, p, s, losses = num_samples, weights.double(), scores.double(), losses.double()
+    # effective samples: 1 / sum P², the number of equal weights that are as uneven
+    sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    train_loss, entropy, square, mean, second_moment = sums.tolist()
+    return {
+        "train_loss": train_loss,
+        "kl": kl,
+        "entropy": entropy,
+        "effective_samples": 1 / square,
+        "score_mean": mean,
+        "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
+    }
+
+
 class Monitors:
     """Counts signs over a stage; ``observe`` returns the warnings that have just become due."""
 

@@ -31,7 +31,7 @@ from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
 from megatron_bliss.bilevel.memory import StepShape, plan_step
-from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
+from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
 from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.softmax import global_softmax
@@ -243,21 +243,8 @@ class BilevelTrainer:
         return curvature.curvature_product(proxy, loss, z, self.execution, curvature=kind)
 
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
-        """Sums over the global batch, in one small all-reduce."""
-        n, p, s = self.config.global_batch_size, sample.weights.double(), sample.scores.double()
-        losses = walk.sample_losses.double()
-        # effective samples: 1 / sum P², the number of equal weights that are as uneven
-        sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
-        self.execution.add_over_ranks(sums)
-        train_loss, entropy, square, mean, second_moment = sums.tolist()
-        return {
-            "train_loss": train_loss,
-            "kl": float(walk.kl),
-            "entropy": entropy,
-            "effective_samples": 1 / square,
-            "score_mean": mean,
-            "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
-        }
+        n, group = self.config.global_batch_size, self.world.world_group
+        return batch_metrics(sample.weights, sample.scores, walk.sample_losses, float(walk.kl), n, group)
 
 
 @dataclass(frozen=True)

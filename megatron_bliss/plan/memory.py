@@ -7,6 +7,7 @@ NCCL and the allocator's fragments take comes on top: ROOM is left for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import starmap
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Memory, Sizes
@@ -15,14 +16,13 @@ from megatron_bliss.bilevel.memory import (
     GIB,
     StepShape,
     block_elements,
-    gradient_bytes,
-    graph_bytes,
     kept_bytes,
-    step_bytes,
+    planned_gradient_bytes,
     trunk_count,
 )
+from megatron_bliss.bilevel.scheme import ENGINE, Scheme
 from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
-from megatron_bliss.bilevel.train import split_batch
+from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.config import Config
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.target.memory import (
@@ -46,10 +46,18 @@ def memory_plan(
     Each stage on the pipeline rank that holds most. ``fits``: True, False, or None where the memory is not known.
     """
     sizing = _Sizing(config, device, layout, memory_gib, target, proxy)
-    stages = [sizing.training(), sizing.proxy_warmup(), sizing.bilevel(), sizing.score(), sizing.evaluate()]
+    learning = _bilevel_stages(config)
+    stages = [sizing.training(), sizing.proxy_warmup(), *starmap(sizing.bilevel, learning.items())]
+    stages += [sizing.score(), sizing.evaluate()]
     own = sizing.arms()
     stages += [_entry(one.stage, one.parameters, one.gradients, one.optimizer, one.working) for one in own]
+    usable = memory_gib * (1 - ROOM)
     changes = {one.stage: [one.advice] for one in own}
+    changes |= {
+        one["stage"]: _bilevel_changes(*learning[one["stage"]], one, usable)
+        for one in stages
+        if one["stage"] in learning
+    }
     largest = max(stages, key=lambda stage: stage["total"])
     too_large = [stage for stage in stages if memory_gib and stage["total"] > memory_gib * GIB * (1 - ROOM)]
     return {
@@ -58,6 +66,16 @@ def memory_plan(
         "fits": not too_large if memory_gib else None,
         "advice": [_advice(config, stage, memory_gib, changes) for stage in too_large],
     }
+
+
+def _bilevel_stages(config: Config) -> dict[str, tuple[BilevelConfig, Scheme]]:
+    """The bilevel stage of the options, and by their names those of arms that differ from it."""
+    stages = {"bilevel": (config.bilevel, ENGINE)}
+    for name in config.arms:
+        own = ARMS[name].bilevel_options(config.bilevel), ARMS[name].scheme
+        if own != stages["bilevel"]:
+            stages[f"{name} bilevel"] = own
+    return stages
 
 
 def _entry(stage: str, parameters: int, gradients: int, optimizer: int, working: int) -> dict:
@@ -124,38 +142,25 @@ class _Sizing:
         samples, dtype = self.share(settings.warmup_batch_size), DTYPES[settings.warmup_params_dtype]
         samples = min(samples, settings.warmup_micro_batch_size or samples)
         parameters = (FP32_BYTES + dtype.itemsize * (dtype.itemsize < FP32_BYTES)) * self.proxy_count
-        working = self._gradient_bytes(samples, dtype.itemsize, None)
+        shape = StepShape(self.proxy, self.seq_length, dtype.itemsize, self.device)
+        working = planned_gradient_bytes(shape, samples, None, self.kept_bytes)
         return _entry("proxy warm-up", parameters, 0, MOMENT_BYTES * self.proxy_count, working)
 
-    def bilevel(self) -> dict:
+    def bilevel(self, name: str, stage: tuple[BilevelConfig, Scheme]) -> dict:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
-        settings, seq_length = self.config.bilevel, self.seq_length
+        settings, scheme = stage
         element_size = DTYPES[settings.params_dtype].itemsize
         count = self.proxy_count + self.score_count
         parameters = FP32_BYTES * count + (element_size * count if element_size < FP32_BYTES else 0)
-        optimizer = MOMENT_BYTES * count + FP32_BYTES * self.proxy_count  # and z
+        optimizer = MOMENT_BYTES * count + FP32_BYTES * scheme.held_vectors * self.proxy_count
         samples = max(self.share(settings.global_batch_size), self.share(settings.validation_batch_size))
-        at_once, recompute = split_batch(settings, self.proxy, samples, seq_length, device=self.device)
-        at_once = min(at_once or samples, samples)
-        large = graph_bytes(self.proxy, at_once * seq_length, element_size, dual=True) > self.kept_bytes
-        shape = StepShape(self.proxy, seq_length, element_size, self.device, teacher=settings.kl_weight > 0)
-        working = max(
-            step_bytes(shape, at_once, recompute=large if recompute is None else recompute),
-            self._gradient_bytes(at_once, element_size, recompute),
-        )
+        shape = StepShape(self.proxy, self.seq_length, element_size, self.device, teacher=settings.kl_weight > 0)
+        at_once, working = scheme.working(settings, shape, samples, self.kept_bytes)
         if settings.kl_weight > 0:
             held, forward = self._teacher_bytes(samples)
             parameters += 0 if settings.offload_target else self.weights
             working = held + max(working, forward + (self.weights if settings.offload_target else 0))
-        entry = _entry("bilevel", parameters, 0, optimizer, working)
-        return entry | {"micro_batch_size": at_once}
-
-    def _gradient_bytes(self, samples: int, element_size: int, recompute: bool | None) -> int:
-        if recompute is None:
-            tokens = samples * self.seq_length
-            recompute = graph_bytes(self.proxy, tokens, element_size, dual=False) > self.kept_bytes
-        shape = StepShape(self.proxy, self.seq_length, element_size, self.device)
-        return gradient_bytes(shape, samples, recompute=recompute)
+        return _entry(name, parameters, 0, optimizer, working) | {"micro_batch_size": at_once}
 
     def _teacher_bytes(self, samples: int) -> tuple[int, int]:
         """(output matrix and this rank's hidden states, a forward pass over the model-parallel group's samples)."""
@@ -207,18 +212,20 @@ def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
     held = (entry["total"] - entry["working"]) / GIB
     if entry["stage"] == "target training":
         return _training_changes(config, held, usable)
-    if entry["stage"] == "bilevel":
-        changes = []
-        if config.bilevel.kl_weight > 0 and not config.bilevel.offload_target:
-            changes.append("set bilevel.offload_target, or raise target.tensor_model_parallel_size")
-        if held < usable:
-            changes.append(f"set bilevel.memory_limit_gib to less than {usable - held:.1f}, or lower micro_batch_size")
-        return changes or ["take a smaller proxy"]
     return {
         "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
         "score": ["lower scoring.micro_batch_size"],
         "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
     }[entry["stage"]]
+
+
+def _bilevel_changes(settings: BilevelConfig, scheme: Scheme, entry: dict, usable: float) -> list[str]:
+    held, changes = (entry["total"] - entry["working"]) / GIB, []
+    if settings.kl_weight > 0 and not settings.offload_target:
+        changes.append("set bilevel.offload_target, or raise target.tensor_model_parallel_size")
+    if held < usable:
+        changes.append(scheme.to_shrink.format(room=usable - held))
+    return changes or ["take a smaller proxy"]
 
 
 def _training_changes(config: Config, held: float, usable: float) -> list[str]:

@@ -14,7 +14,6 @@ from functools import partial
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Shard
 from megatron_bliss.base.parallel import check_world_size
-from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.flops import proxy_warmup_flops, training_flops
@@ -140,14 +139,8 @@ def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: C
     """Every stage of the run as {arm, round, stage, tokens, flops}, named as ``summary.json`` names them."""
     seq_length, training = config.data.seq_length, config.pretraining
     iteration_tokens, iteration = training.global_batch_size * seq_length, training_flops(training, target, seq_length)
-    bilevel = config.bilevel
-    bilevel_batch = bilevel.lower_iters * bilevel.global_batch_size + bilevel.validation_batch_size
     branch = training.decay_branch_iters
     fixed = {
-        "bilevel": (
-            bilevel.upper_iters * bilevel_batch * seq_length,
-            bilevel_flops(bilevel, proxy, target, seq_length),
-        ),
         "pretrain": (training.train_iters * iteration_tokens, training.train_iters * iteration),
         "decay_branch": (branch * iteration_tokens, branch * iteration),
     }
@@ -161,8 +154,17 @@ def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: C
     for arm in config.arms:
         for number in range(1, config.rounds + 1):
             costs = {**fixed, "score": _scoring(config, arm, number, target, proxy, corpus)}
+            costs["bilevel"] = _learning(config, arm, target, proxy)
             for stage in round_stages(config, arm):
                 yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
+
+
+def _learning(config: Config, arm: str, target: Architecture, proxy: Architecture) -> tuple[int, float]:
+    """Tokens that an arm's bilevel stage draws, and its FLOPs."""
+    settings, seq_length = ARMS[arm].bilevel_options(config.bilevel), config.data.seq_length
+    scheme = ARMS[arm].scheme
+    samples = scheme.batches(settings) * settings.global_batch_size + settings.validation_batch_size
+    return settings.upper_iters * samples * seq_length, scheme.flops(settings, proxy, target, seq_length)
 
 
 def _scoring(
@@ -187,9 +189,11 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     if record["stage"] == "score":
         parts = {_scoring_dtype(config, record["arm"]): flops}
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision
-        alone = bilevel_flops(replace(config.bilevel, kl_weight=0.0), proxy, target, config.data.seq_length)
+        arm = ARMS[record["arm"]]
+        settings = replace(arm.bilevel_options(config.bilevel), kl_weight=0.0)
+        alone = arm.scheme.flops(settings, proxy, target, config.data.seq_length)
         parts = {platform.params_dtype: flops - alone}
-        parts[config.bilevel.params_dtype] = parts.get(config.bilevel.params_dtype, 0.0) + alone
+        parts[settings.params_dtype] = parts.get(settings.params_dtype, 0.0) + alone
     share = machine.mfu if record["stage"] not in SMALL_MODEL_STAGES else machine.proxy_mfu or machine.mfu
     peaks = {dtype: machine.peak(platform, dtype) for dtype in parts}
     if None in peaks.values():
@@ -207,6 +211,7 @@ def _assumptions(config: Config, machine: Machine) -> list[str]:
     small = machine.proxy_mfu or machine.mfu
     alone = [config.scoring.params_dtype, config.proxy.warmup_params_dtype]
     alone += [_scoring_dtype(config, arm) for arm in config.arms]
+    alone += [ARMS[arm].bilevel_options(config.bilevel).params_dtype for arm in config.arms]
     dtypes = dict.fromkeys((config.platform.params_dtype, config.bilevel.params_dtype, *alone))
     peaks = {dtype: machine.peak(config.platform, dtype) for dtype in dtypes}
     if None in peaks.values():
@@ -239,7 +244,7 @@ def _sum(records: Sequence[Mapping]) -> dict:
 
 
 def _overhead(stages: Sequence[Mapping]) -> dict | None:
-    """{flops, seconds}: work of proxy and score model ÷ work of the target's training in one arm; None without it."""
+    """{arm, flops, seconds}: work of proxy and score model ÷ work of the target's training in one arm, or None."""
     chosen = next((record["arm"] for record in stages if record["stage"] == "bilevel"), None)
     if chosen is None:
         return None
@@ -247,4 +252,4 @@ def _overhead(stages: Sequence[Mapping]) -> dict | None:
     extra = _sum([record for record in arm if record["stage"] in SMALL_MODEL_STAGES])
     control = _sum([record for record in arm if record["stage"] not in SMALL_MODEL_STAGES])
     ratio = None if extra["seconds"] is None else extra["seconds"] / control["seconds"]
-    return {"flops": extra["flops"] / control["flops"], "seconds": ratio}
+    return {"arm": chosen, "flops": extra["flops"] / control["flops"], "seconds": ratio}

@@ -40,7 +40,7 @@ _SIZES = {
 
 
 def _work(plan: Mapping) -> str:
-    """A line per stage and arm, one per arm, and what BLISS costs."""
+    """A line per stage and arm, one per arm, and what selection costs."""
     groups: dict[tuple[str, str], list[Mapping]] = {}
     for record in plan["stages"]:
         groups.setdefault((record["arm"], record["stage"]), []).append(record)
@@ -55,7 +55,7 @@ def _work(plan: Mapping) -> str:
     lines = [] if hours is None else [f"{hours:,.1f} device hours"]
     if overhead is not None:
         time = "" if overhead["seconds"] is None else f", {overhead['seconds']:+.1%} time"
-        lines.append(f"BLISS on top of a control arm alone: {overhead['flops']:+.1%} FLOPs{time}")
+        lines.append(f"{overhead['arm']} on top of a control arm alone: {overhead['flops']:+.1%} FLOPs{time}")
     return "\n  ".join([table, *lines])
 
 

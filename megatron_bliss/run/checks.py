@@ -13,7 +13,7 @@ from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
-from megatron_bliss.data.splits import check_blend, check_sets
+from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
@@ -48,6 +48,7 @@ def check_options(config: Config) -> None:
     _check_run(config)
     _check_sections(config)
     check_blend(config.data)
+    check_set_names(config.data)
 
 
 def not_ready(config: Config) -> list[str]:
@@ -72,6 +73,7 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
             f"found pretraining.global_batch_size {training.global_batch_size}, expected a multiple of "
             f"pretraining.micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
         )
+    _check_every_rank_draws(config, world_size)
     warnings = []
     for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
         section, key = name.split(".")
@@ -82,6 +84,17 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
                 f"of {world_size} costs no more time"
             )
     return warnings
+
+
+def _check_every_rank_draws(config: Config, world_size: int) -> None:
+    fewest = min(config.bilevel.global_batch_size, config.bilevel.validation_batch_size)
+    needing = [arm for arm in config.arms if ARMS[arm].scheme.every_rank_draws]
+    if needing and fewest < world_size:
+        raise ValueError(
+            f"found bilevel.global_batch_size {config.bilevel.global_batch_size} and bilevel.validation_batch_size "
+            f"{config.bilevel.validation_batch_size} on {world_size} ranks, expected a sample of both for every rank: "
+            f"raise them, or leave out the arm {', '.join(needing)}"
+        )
 
 
 def _check_run(config: Config) -> None:
@@ -139,8 +152,8 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     prefixes = {"data.train_prefix": data.train_prefix}
     if data.validation_prefix:
         prefixes["data.validation_prefix"] = data.validation_prefix
-    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
-    prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
+    for option in ("test_prefixes", "other_prefixes", "blend_prefixes"):
+        prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():
         yield partial(_check_prefix, name, prefix, data.train_prefix)
     if data.shard_by == "file":

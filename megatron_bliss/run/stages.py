@@ -19,10 +19,10 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.base.platform import DTYPES
-from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
-from megatron_bliss.bilevel.train import BilevelTrainer, ProxyWarmup
+from megatron_bliss.bilevel.train import ProxyWarmup
+from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
@@ -60,29 +60,31 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
 def learn_scores(this: Round, folder: Path) -> dict:
     """Train the score model (and the proxy) by bilevel optimisation on this round's shard."""
     session, config = this.session, this.session.config
+    arm = ARMS[this.arm]
+    settings = arm.bilevel_options(config.bilevel)
     proxy = _start_proxy(this)
     score_model = _start_score_model(this, proxy)
-    teacher = _teacher(this) if config.bilevel.kl_weight > 0 else None
+    teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size)
-    trainer = BilevelTrainer(
-        config.bilevel,
+    trainer = arm.scheme.trainer(
+        settings,
         proxy,
         score_model,
         teacher,
-        session.schedule(train, config.bilevel.global_batch_size, "bilevel", this.number),
-        session.schedule(validation, config.bilevel.validation_batch_size, "validation", this.number),
+        session.schedule(train, settings.global_batch_size, "bilevel", this.number),
+        session.schedule(validation, settings.validation_batch_size, "validation", this.number),
         session.groups,
     )
     warnings = trainer.check_precision()
     for warning in warnings if session.groups.is_main else []:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    _run_trainer(this, trainer, config.bilevel.upper_iters, folder, "bilevel")
+    _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
     state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
     described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
     _save_final(session, folder, state | described)
     models = session.proxy_architecture, session.target_architecture
-    flops = bilevel_flops(config.bilevel, *models, config.data.seq_length)
+    flops = arm.scheme.flops(settings, *models, config.data.seq_length)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(this), loss])
     if advice:
@@ -240,11 +242,11 @@ def _start_score_model(this: Round, proxy: LanguageModel) -> ScoreModel:
     return model
 
 
-def _teacher(this: Round) -> TargetTeacher:
+def _teacher(this: Round, settings: BilevelConfig) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
     session = this.session
     target = load_saved_target(session, target_checkpoint(this.before))
-    return TargetTeacher(target, session.groups, session.vocab_size, offload=session.config.bilevel.offload_target)
+    return TargetTeacher(target, session.groups, session.vocab_size, offload=settings.offload_target)
 
 
 def _run_trainer(this: Round, trainer: Trainer, steps: int, folder: Path, stage: str) -> None:

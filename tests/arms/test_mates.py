@@ -371,6 +371,9 @@ def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Pa
     planned = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in plan["stages"]}
     for key, flops in planned.items():
         assert (0.5 if key[::2] == ("mates", "score") else 1) * flops <= stages[key]["flops"] <= flops, key
+    warmed_up = {arm for (arm, _, _), one in stages.items() if "warmup/proxy" in (one["needs"] or ())}
+    assert warmed_up == {"bliss", "mates"}  # the others' cost holds no warm-up of the proxy
+    assert summary["arms"]["dsir"]["cost"]["selection_flops"][-1][1] == 0
     for number in (1, 2):
         place = folder / "mates" / f"round_{number:02d}" / "score"
         settings = json.loads((place / "scores.json").read_text())

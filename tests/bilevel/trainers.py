@@ -58,8 +58,14 @@ class RandomUnits:
 
 
 def make_trainer(
-    config: BilevelConfig, dtype: torch.dtype, world: World, *, target_teacher=None, vocab_size: int = VOCABULARY
-) -> BilevelTrainer:
+    config: BilevelConfig,
+    dtype: torch.dtype,
+    world: World,
+    *,
+    target_teacher=None,
+    vocab_size: int = VOCABULARY,
+    trainer: type = BilevelTrainer,
+):
     """A trainer on random units; without a ``target_teacher``, a small frozen LM of another width is the teacher."""
     options = {"dtype": dtype, "device": world.device}
     proxy = build_lm(SIZES, vocab_size=vocab_size, seed=1, **options)
@@ -75,7 +81,7 @@ def make_trainer(
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
-    return BilevelTrainer(config, proxy, score, target_teacher or teacher, train, validation, world)
+    return trainer(config, proxy, score, target_teacher or teacher, train, validation, world)
 
 
 def run_steps(config: BilevelConfig, dtype: torch.dtype, world: World, steps: int = 3) -> dict[str, np.ndarray]:

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.bilevel.memory import GIB, StepShape, step_bytes
+from megatron_bliss.bilevel.published_costs import published_flops
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
@@ -126,6 +128,32 @@ def test_offloading_and_a_limit_make_the_bilevel_stage_smaller() -> None:
         plan("pythia_1b_c4", "--bilevel.memory_limit_gib", "0.01")
 
 
+def test_arms_with_a_bilevel_stage_of_their_own_are_planned() -> None:
+    arms = ("--arms", "bliss,identity,single_level,published")
+    planned = plan("pythia_1b_c4", *arms, device="h100", memory_gib=40.0)
+    sizes, whole = memory(planned), memory(planned)["bilevel"]
+    assert sizes["identity bilevel"] == whole | {"stage": "identity bilevel"}
+    untied = memory(plan("pythia_1b_c4", "--bilevel.kl_weight", "0", memory_gib=40.0))["bilevel"]
+    assert sizes["single_level bilevel"] == untied | {"stage": "single_level bilevel"}
+    assert sizes["published bilevel"]["working"] > 10 * whole["working"]
+    assert "micro_batch_size" in sizes["published bilevel"] and sizes["published bilevel"]["micro_batch_size"] == 4
+    stages = {one["arm"]: one for one in planned["stages"] if one["stage"] == "bilevel"}
+    tokens = {arm: one["tokens"] / (3000 * 32 * 1024) for arm, one in stages.items()}
+    assert tokens == {"bliss": 2, "identity": 2, "single_level": 2, "published": 3}
+    settings = config("pythia_1b_c4")
+    proxy, target = (resolve_architecture(ModelConfig(preset=name), 50304) for name in ("pythia-31m", "pythia-1b"))
+    untied = published_flops(replace(settings.bilevel, kl_weight=0.0), proxy, target, 1024)
+    whole = published_flops(settings.bilevel, proxy, target, 1024)
+    assert stages["published"]["flops"] == whole > untied
+    bf16, fp32 = (PEAK_TFLOPS["H100"][dtype] * 1e12 for dtype in ("bf16", "fp32"))
+    expected = (whole - untied) / bf16 + untied / fp32
+    assert stages["published"]["seconds"] == pytest.approx(expected / (8 * 0.4))
+    tight = plan("pythia_1b_c4", *arms, memory_gib=8.0)
+    (advice,) = [text for text in tight["memory"]["advice"] if text.startswith("published bilevel:")]
+    assert "bilevel.offload_target" in advice and "leave out the arm published" in advice
+    assert "identity on top of a control arm alone" in format_plan(plan("pythia_1b_c4", "--arms", "identity"))
+
+
 def test_training_memory_is_near_the_measured() -> None:
     """docs/benchmarks/pretrain_cpu.md: 2,027 MiB, of which 1,114 are held between steps."""
     sizes = ("--target.preset", "pythia-70m", "--data.seq_length", "512", "--platform.params_dtype", "fp32")
@@ -190,6 +218,7 @@ def test_a_schedule_of_fractions_is_planned_round_by_round() -> None:
         (("--bilevel.upper_iters", "0"), {}, "found bilevel.upper_iters 0, expected 1 or more"),
         (("--pretraining.use_distributed_optimizer", "false"), {}, "found pretraining.overlap_param_gather without"),
         (("--pretraining.optimizer.min_lr", "1"), {}, "found pretraining.optimizer.min_lr=1.0, expected at most"),
+        (("--arms", "published"), {"world_size": 64}, "32 on 64 ranks, expected a sample of both for every rank"),
         ((), {"mfu": 40.0}, "found --mfu 40.0, expected a share"),
         ((), {"device": "h1000"}, "found --device 'h1000', expected cpu or one of"),
     ],

@@ -32,6 +32,8 @@ from megatron_bliss.selection import near_duplicates
         ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
+        ("--data.other_prefixes=[/nowhere/y]", r"data.other_prefixes\[0\] '/nowhere/y', expected a prefix"),
+        ("--logging.loss_margin=-0.1", "logging.loss_margin -0.1, expected 0 to 100"),
         ("--target.preset=null", "target.preset"),
         ("--baselines.mates.probe_units=19", "baselines.mates.probe_units 19, expected 20 or more"),
         ("--baselines.mates.regressor_iters=0", "baselines.mates.regressor_iters 0, expected 1 or more"),
@@ -78,6 +80,13 @@ def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Pat
     adopt_manifest(other, {"kind": "bytes", "sha256": "1", "vocab_size": 257, "eod": 256})
     with pytest.raises(ValueError, match="same --tokenizer-type"):
         parse_arguments([*options, f"--data.validation_prefix={other}"])
+    with pytest.raises(ValueError, match="same --tokenizer-type"):
+        parse_arguments([*options, f"--data.other_prefixes=[{other}]"])
+
+
+def test_a_set_of_the_guides_kind_is_no_other_set(options: list[str], prefix: str) -> None:
+    with pytest.raises(ValueError, match="data.test_prefixes and data.other_prefixes, expected a last part of its own"):
+        parse_arguments([*options, f"--data.other_prefixes=[{prefix}]"])
 
 
 def test_batches_that_ranks_cannot_share_are_refused(options: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 gradient            one plain autograd gradient: fused attention, linear head, cross-entropy, ordinary backward pass
 double_backward     Hessian product by reverse over reverse, with attention that can be differentiated twice
-published_step      the whole upper step of the published scheme (published.py)
+published_step      the whole upper step of the published scheme (megatron_bliss/bilevel/published.py)
 engine_gradient     the engine's gradient
 hessian             the engine's Hessian product, with gradient and influences, blocks recomputed
 hessian_kept        the same, graphs kept instead of recomputed
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bliss.base.parallel import World
-from megatron_bliss.bilevel import curvature
+from megatron_bliss.bilevel import curvature, published
 from megatron_bliss.bilevel.execution import ALONE, Execution
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.objective import Loss, Objective
@@ -37,7 +37,6 @@ from megatron_bliss.data.batches import Batch, language_model_mask
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from tools.benchmarks import published
 
 REFERENCE_TOKENS = 256
 """Length of the one sample on which errors are taken against fp64."""
@@ -160,15 +159,15 @@ def _product(problem: Problem, kind: str = "hessian", execution: Execution = ALO
     return lambda: curvature.curvature_product(problem.model, problem.loss, problem.vector, execution, curvature=kind)
 
 
-def _step(problem: Problem, **changes) -> Callable:
+def _step(problem: Problem, trainer: type = BilevelTrainer, **changes) -> Callable:
     world = World(None, 0, 1, problem.settings.device)
-    return BilevelTrainer(problem.config(**changes), *problem.bilevel(), world).step
+    return trainer(problem.config(**changes), *problem.bilevel(), world).step
 
 
 CASES: dict[str, Callable[[Problem], Callable[[], object]]] = {
     "gradient": lambda p: lambda: autograd_gradient(p.model, p.batch, p.weights),
     "double_backward": lambda p: lambda: double_backward(p.model, p.batch, p.weights, p.vector),
-    "published_step": lambda p: published.PublishedTrainer(p.config(), *p.bilevel()).step,
+    "published_step": lambda p: _step(p, published.PublishedTrainer),
     "engine_gradient": lambda p: lambda: curvature.gradient(p.model, p.loss),
     "hessian": lambda p: _product(p, execution=Execution(recompute=True)),
     "hessian_kept": lambda p: _product(p, execution=Execution(recompute=False)),

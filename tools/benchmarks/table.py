@@ -24,7 +24,7 @@ LABELS = {
 METHOD = (
     "Times: median of interleaved repetitions in one process (least to most). Peaks: high-water mark of a process of"
     " its own above what it holds between two steps (parameters, optimiser state, z, the libraries' memory), each case"
-    " run once before. The published step is tools/benchmarks/published.py."
+    " run once before. The published step is megatron_bliss/bilevel/published.py."
 )
 ALLOCATORS = {
     "returning": "On a CPU freed blocks of 64 KiB or more go back to the system: the mark counts what is alive.",

@@ -1,0 +1,66 @@
+"""How a bilevel stage is carried out: all that a run and its plan take from one way to do it.
+
+Arms' files name their scheme, and are imported to read options: torch is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_bliss.bilevel.flops import bilevel_flops
+from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.models.presets import Architecture
+
+if TYPE_CHECKING:
+    from megatron_bliss.bilevel.memory import StepShape
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to carry out a bilevel stage."""
+
+    trainer: Callable[..., Any]
+    """The arguments of ``BilevelTrainer`` -> a trainer with its methods and monitors."""
+    flops: Callable[[BilevelConfig, Architecture, Architecture, int], float]
+    """(options, proxy, target, sequence length) -> model FLOPs of the stage in one round."""
+    batches: Callable[[BilevelConfig], int]
+    """Batches of the shard that an upper step draws."""
+    working: Callable[[BilevelConfig, StepShape, int, int], tuple[int, int]]
+    """(options, shape of a step, samples of a rank, largest graphs kept unasked in bytes) -> (samples at once, bytes
+    that a step makes and drops)."""
+    held_vectors: int
+    """Vectors as large as the proxy that are kept between steps, beside weights and moments."""
+    to_shrink: str
+    """What to change where a step takes too much memory; {room}: GiB that are free for it."""
+    every_rank_draws: bool = False
+    """Whether it needs a sample of each batch on every rank."""
+
+
+def _engine_trainer(*arguments: Any) -> Any:
+    from megatron_bliss.bilevel.train import BilevelTrainer
+
+    return BilevelTrainer(*arguments)
+
+
+def _engine_working(config: BilevelConfig, shape: StepShape, samples: int, kept: int) -> tuple[int, int]:
+    from megatron_bliss.bilevel.memory import graph_bytes, planned_gradient_bytes, step_bytes
+    from megatron_bliss.bilevel.train import split_batch
+
+    at_once, recompute = split_batch(config, shape.arch, samples, shape.seq_length, device=shape.device)
+    at_once = min(at_once or samples, samples)
+    large = graph_bytes(shape.arch, at_once * shape.seq_length, shape.element_size, dual=True) > kept
+    step = step_bytes(shape, at_once, recompute=large if recompute is None else recompute)
+    return at_once, max(step, planned_gradient_bytes(shape, at_once, recompute, kept))
+
+
+ENGINE = Scheme(
+    trainer=_engine_trainer,
+    flops=bilevel_flops,
+    batches=lambda config: config.lower_iters,
+    working=_engine_working,
+    held_vectors=1,  # z
+    to_shrink="set bilevel.memory_limit_gib to less than {room:.1f}, or lower micro_batch_size",
+)
+"""The arm bliss: bilevel/train.py."""
