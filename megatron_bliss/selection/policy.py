@@ -26,7 +26,7 @@ class Policy:
     settings: type
     """Frozen dataclass with a default and a line of help per field; each field is an option ``selection.FIELD``. A
     field that another policy has, too, has the same meaning, type, default and help there. A policy that keeps a share
-    inherits :class:`FractionSettings`: it takes a schedule, and its count holds when near-duplicates are left out."""
+    inherits :class:`FractionSettings`: so it takes a schedule, and its count holds when near-duplicates go."""
     keep: Callable[..., np.ndarray]
     """``keep(scores, settings, *, seed, **needs)``: numbers of the kept units, int64[k] increasing, of float[n] scores.
 
