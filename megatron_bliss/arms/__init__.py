@@ -4,6 +4,6 @@ from megatron_bliss.arms.arm import Arm
 from megatron_bliss.config.choices import Choices
 
 ARMS: Choices[Arm] = Choices(
-    "megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates", "perplexity", "classifier", "external")
+    "megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates", "perplexity", "classifier", "external", "full")
 )
 """The arms by the names that ``--arms`` knows."""

@@ -15,7 +15,7 @@ from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.run.corpora import deal_units
-from megatron_bliss.run.order import round_stages
+from megatron_bliss.run.order import round_stages, selection_of
 from megatron_bliss.selection.select import kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
@@ -154,8 +154,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     arms, selecting = config.arms, corpus.units[1:]
     bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
-    shares = [kept_share(config.selection, tokens, round_tokens(config)) or 1.0 for tokens in corpus.tokens[1:]]
-    selected = sum(units * share for units, share in zip(selecting, shares, strict=True))
+    selected = [_selected_units(config, arm, corpus) for arm in arms]
     proxies, scores = parameter_count(proxy), trunk_count(proxy) + proxy.hidden_size + 1
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
@@ -164,9 +163,16 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
         "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
-        "subsets": int(VIEW_BYTES * selected) * len(arms),
+        "subsets": sum(int(VIEW_BYTES * units) for units in selected),
     }
     return {"parts": parts, "total": sum(parts.values()), "checkpoint": checkpoint, "checkpoints": count}
+
+
+def _selected_units(config: Config, arm: str, corpus: Corpus) -> float:
+    """About how many units an arm selects in all rounds; where the scores decide, at most all of them."""
+    selection, needed = selection_of(config, arm), round_tokens(config)
+    shards = zip(corpus.units[1:], corpus.tokens[1:], strict=True)
+    return sum(units * (kept_share(selection, tokens, needed) or 1.0) for units, tokens in shards)
 
 
 def checkpoint_bytes(config: Config, target: Architecture) -> int:

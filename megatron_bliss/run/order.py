@@ -1,13 +1,21 @@
-"""Which stages a round has."""
+"""What differs between the rounds of arms: which stages they have, and how units are selected."""
 
 from __future__ import annotations
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 
 OWN_STAGES = ROUND_STAGES[: ROUND_STAGES.index("score")]
 """Stages that only the arms have that ask for them."""
+
+
+def selection_of(config: Config, arm: str) -> SelectionConfig:
+    """How the units of this arm are selected: by the run's policy, or as the best of a fraction that is all of them."""
+    if not ARMS[arm].keeps_all:
+        return config.selection
+    return SelectionConfig("top_fraction", config.selection.epoch_warning, {"fraction": 1.0})
 
 
 def round_stages(config: Config, arm: str) -> list[str]:

@@ -32,6 +32,7 @@ from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.order import selection_of
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
@@ -179,7 +180,7 @@ def _new_regressor(this: Round) -> ScoreModel:
 def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     session, config, selected = this.session, this.session.config, ""
-    prefix = shard_prefix(session, this.number)
+    prefix, selection = shard_prefix(session, this.number), selection_of(config, this.arm)
     round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
     score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
@@ -188,13 +189,14 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            ids, policy, label = apply_policy(prefix, scores, config.selection, seed=seed, round_tokens=round_tokens)
+            ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=round_tokens)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
     counts = read_manifest(selected)["counts"]
-    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
+    keeps_all = ARMS[this.arm].keeps_all
+    warnings = repetition_warnings(round_tokens, counts["tokens"], selection, keeps_all=keeps_all)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {
