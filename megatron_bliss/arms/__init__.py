@@ -8,7 +8,7 @@ ARMS: Choices[Arm] = Choices(
     "ARM",
     (
         *("bliss", "random", "dsir", "mates"),
-        *("perplexity", "classifier", "external"),
+        *("perplexity", "classifier", "external", "full"),
         *("identity", "single_level", "published"),
     ),
 )

@@ -89,6 +89,8 @@ class Arm:
     """Frozen dataclass of its options, ``--baselines.NAME.OPTION``; the string under a field is its help."""
     check: Callable[[Any, str], None] = accept_any
     """(its options, data.train_prefix) -> ValueError where they cannot work with what lies on the disk."""
+    keeps_all: bool = False
+    """The target trains on all of a shard, whatever the policy of the run."""
     stages: tuple[str, ...] = ()
     """Stages of its rounds that come before ``score``."""
     bilevel_options: Callable[[BilevelConfig], BilevelConfig] = as_they_are

@@ -16,7 +16,7 @@ from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.run.corpora import deal_units
-from megatron_bliss.run.order import round_stages
+from megatron_bliss.run.order import round_stages, selection_of
 from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
@@ -162,9 +162,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     arms, selecting = config.arms, corpus.units[1:]
     bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
-    offers = zip(_selections(config), corpus.tokens[1:], strict=True)
-    shares = [kept_share(selection, tokens, round_tokens(config)) or 1.0 for selection, tokens in offers]
-    selected = sum(units * share for units, share in zip(selecting, shares, strict=True))
+    selected = [_selected_units(config, arm, corpus) for arm in arms]
     proxies, scores = parameter_count(proxy), trunk_count(proxy) + proxy.hidden_size + 1
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
@@ -173,9 +171,18 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
         "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
-        "subsets": int(VIEW_BYTES * selected) * len(arms),
+        "subsets": sum(int(VIEW_BYTES * units) for units in selected),
     }
     return {"parts": parts, "total": sum(parts.values()), "checkpoint": checkpoint, "checkpoints": count}
+
+
+def _selected_units(config: Config, arm: str, corpus: Corpus) -> float:
+    """About how many units an arm selects in all rounds; where the scores decide, at most all of them."""
+    needed, total = round_tokens(config), 0.0
+    for number in range(1, config.rounds + 1):
+        share = kept_share(selection_of(config, arm, number), corpus.tokens[number], needed)
+        total += corpus.units[number] * (share or 1.0)
+    return total
 
 
 def checkpoint_bytes(config: Config, target: Architecture) -> int:

@@ -32,10 +32,11 @@ from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.order import selection_of
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, in_round, repetition_warnings, selection_lines
+from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -181,7 +182,7 @@ def _new_regressor(this: Round) -> ScoreModel:
 def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     session, config, selected = this.session, this.session.config, ""
-    prefix, selection = shard_prefix(session, this.number), in_round(config.selection, this.number)
+    prefix, selection = shard_prefix(session, this.number), selection_of(config, this.arm, this.number)
     round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
     score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
@@ -199,7 +200,8 @@ def select_units(this: Round, folder: Path) -> dict:
     counts = manifest["counts"]
     for line in selection_lines(manifest["policy"]):
         print(f"{this.arm}, round {this.number}: {line}", file=sys.stderr, flush=True)
-    warnings = repetition_warnings(round_tokens, counts["tokens"], selection)
+    keeps_all = ARMS[this.arm].keeps_all
+    warnings = repetition_warnings(round_tokens, counts["tokens"], selection, keeps_all=keeps_all)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {

@@ -146,18 +146,22 @@ def check_schedule(selection: SelectionConfig, rounds: int) -> None:
         )
 
 
-def repetition_warnings(train_tokens: int, selected_tokens: int, selection: SelectionConfig) -> list[str]:
+def repetition_warnings(
+    train_tokens: int, selected_tokens: int, selection: SelectionConfig, *, keeps_all: bool = False
+) -> list[str]:
     """A line for the user when training repeats a selection more often than ``selection.epoch_warning``; [] otherwise.
 
-    Repeating data up to about four times costs little, after that it is worth less and less (arXiv 2305.16264).
+    keeps_all: there is nothing more to keep. Repeating data up to about four times costs little, after that it is worth
+    less and less (arXiv 2305.16264).
     """
     epochs = train_tokens / selected_tokens
     if epochs <= selection.epoch_warning:
         return []
+    more = "" if keeps_all else f"{_to_keep_more(selection)}, "
     return [
         f"the target will train on {train_tokens:,} tokens of a selection that has {selected_tokens:,}: {epochs:.1f} "
         f"epochs, more than selection.epoch_warning={selection.epoch_warning:g}; "
-        f"{_to_keep_more(selection)}, lower pretraining.train_iters, or prepare more data"
+        f"{more}lower pretraining.train_iters, or prepare more data"
     ]
 
 

@@ -16,8 +16,8 @@ from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import OWN_STAGES, round_stages
 
 ROOT = Path(__file__).parents[2]
-ORDINARY_WORDS = {"random", "perplexity", "identity"}
-"""Names of arms that mean other things elsewhere: a draw, a metric of tasks, an activation."""
+ORDINARY_WORDS = {"random", "perplexity", "identity", "full"}
+"""Names of arms that mean other things elsewhere: a draw, a metric of tasks, an activation, a way to recompute."""
 
 
 def row(name: str, arm: Arm) -> str:
