@@ -12,9 +12,9 @@ PRODUCT_PASSES = 6
 """Forward passes F of a Hessian product on a retained graph: back through a gradient, which is 3 F."""
 VECTORS = 8
 """Vectors as large as the proxy at the peak of a product: the gradient, grad Phi, z, the product, its sums."""
-LOGITS, ATTENTION, BLOCKS = 8, 5, 3
+LOGITS, ATTENTION, BLOCKS = 7, 7, 2.5
 """Copies of logits, attention weights and a block's activations in the graph of a gradient and in its product."""
-TEACHER_LOGITS = 6
+TEACHER_LOGITS = 5
 """More copies of the logits with a KL term."""
 
 
@@ -47,4 +47,4 @@ def published_bytes(shape: StepShape, samples: int) -> int:
     blocks = arch.num_layers * tokens * (BLOCKS * block_elements(arch) + attention)
     products = VECTORS * vector + logits + blocks
     gradients = samples * (vector + score_vector) + 2 * vector
-    return size * max(products, gradients)
+    return int(size * max(products, gradients))
