@@ -9,6 +9,7 @@ from typing import Any
 from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Shard:
     seq_length: int
     target: Architecture
     proxy: Architecture
+    score: ScoreArchitecture
+    """Parts of the score model."""
     reference_tokens: Callable[[int], int]
     """Samples of the guide -> their tokens."""
 

@@ -35,6 +35,8 @@ class Limits:
 
     num_samples: int
     kl: float
+    scores_end_at_1: bool = True
+    """Whether scores lie between 0 and 1, where they can be saturated."""
 
 
 def _kl_is_high(values: Values, limits: Limits) -> bool:
@@ -46,7 +48,7 @@ def _weights_are_uniform(values: Values, limits: Limits) -> bool:
 
 
 def _scores_are_saturated(values: Values, limits: Limits) -> bool:
-    return values["score_std"] > SATURATED_DEVIATION
+    return limits.scores_end_at_1 and values["score_std"] > SATURATED_DEVIATION
 
 
 def _residual_is_high(values: Values, limits: Limits) -> bool:

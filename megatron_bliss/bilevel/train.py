@@ -43,6 +43,7 @@ from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.models.transformer import LanguageModel
 
 if TYPE_CHECKING:
@@ -111,9 +112,10 @@ class BilevelTrainer:
         self.z = vector.zeros(proxy).flat  # of the master's size and dtype, whatever passes run in
         self.solver = SolverState()
         self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
-        split = _split(config, proxy, train, validation)
+        split = _split(config, proxy, score_model.score_architecture, train, validation)
         self.execution = Execution(world.world_group, *split, compiled=config.compile)
-        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
+        sigmoid = score_model.activation == "sigmoid"
+        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
@@ -271,23 +273,33 @@ class _Sample:
 
 
 def _split(
-    config: BilevelConfig, proxy: LanguageModel, train: BatchSchedule, validation: BatchSchedule
+    config: BilevelConfig,
+    proxy: LanguageModel,
+    score: ScoreArchitecture,
+    train: BatchSchedule,
+    validation: BatchSchedule,
 ) -> tuple[int, bool | None]:
     samples = max(1, *(schedule.stop - schedule.start for schedule in (train, validation)))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
     device = next(proxy.parameters()).device.type
-    return split_batch(config, proxy.architecture, samples, seq_length, device=device)
+    return split_batch(config, proxy.architecture, samples, seq_length, device=device, score=score)
 
 
 def split_batch(
-    config: BilevelConfig, proxy: Architecture, samples: int, seq_length: int, *, device: str
+    config: BilevelConfig,
+    proxy: Architecture,
+    samples: int,
+    seq_length: int,
+    *,
+    device: str,
+    score: ScoreArchitecture,
 ) -> tuple[int, bool | None]:
     """Samples at once of a rank's ``samples``, and whether blocks are recomputed: as asked for (0: all of them; None:
     where graphs are large), or the largest split under the memory limit."""
     if not config.memory_limit_gib:
         return config.micro_batch_size, None
     element_size = DTYPES[config.params_dtype].itemsize
-    shape = StepShape(proxy, seq_length, element_size, device, teacher=config.kl_weight > 0)
+    shape = StepShape(proxy, seq_length, element_size, device, teacher=config.kl_weight > 0, score=score)
     plan = plan_step(shape, samples, config.memory_limit_gib)
     return plan.micro_batch_size, plan.recompute
 
