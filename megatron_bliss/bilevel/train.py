@@ -29,14 +29,15 @@ from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
+from megatron_bliss.bilevel.hypergradient import hypergradient, score_batch
 from megatron_bliss.bilevel.memory import StepShape, plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, check_replicas
 from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
-from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solvers import SOLVERS, solve
 from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
+from megatron_bliss.bilevel.weights import WEIGHTINGS
+from megatron_bliss.bilevel.weights.weighting import GlobalBatch, weight_metrics
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
@@ -114,7 +115,8 @@ class BilevelTrainer:
         self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
         split = _split(config, proxy, score_model.score_architecture, train, validation)
         self.execution = Execution(world.world_group, *split, compiled=config.compile)
-        sigmoid = score_model.activation == "sigmoid"
+        self.weighting = WEIGHTINGS[config.weights]
+        sigmoid = score_model.activation == "sigmoid" and not self.weighting.of_raw_scores
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
         self.steps_done = 0
 
@@ -149,8 +151,10 @@ class BilevelTrainer:
 
     def _move_score_model(self, sample: _Sample, influence: Tensor) -> float:
         """One AdamW step along the hypergradient (eq. 7); its norm before clipping."""
-        coefficients = hypergradient_coefficients(sample.weights, influence, self.world.world_group)
-        upper = hypergradient(self._score_passes.refresh(), sample.batch, coefficients, self.execution)
+        scored = sample.scores, sample.weights, influence
+        coefficients = self.weighting.coefficients(*scored, self._global_batch(sample.batch))
+        raw, model = self.weighting.of_raw_scores, self._score_passes.refresh()
+        upper = hypergradient(model, sample.batch, coefficients, self.execution, raw=raw)
         return self.score_optimizer.step(upper)[0]
 
     def check_precision(self) -> list[str]:
@@ -202,10 +206,14 @@ class BilevelTrainer:
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
-        size = self.execution.micro_batch_size
-        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)  # [b]
-        weights = global_softmax(scores, self.world.world_group, unit_ids=batch.unit_ids, micro_batch_size=size)
+        size, raw = self.execution.micro_batch_size, self.weighting.of_raw_scores
+        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size, raw=raw)  # [b]
+        weights = self.weighting.weights(scores, self._global_batch(batch))
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
+
+    def _global_batch(self, batch: Batch) -> GlobalBatch:
+        size = self.execution.micro_batch_size
+        return GlobalBatch(self.config.global_batch_size, self.world.world_group, batch.unit_ids, size)
 
     def _lower_loss(self, sample: _Sample) -> Loss:
         """G (eq. 3) on this rank's samples."""
@@ -247,16 +255,16 @@ class BilevelTrainer:
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
         """Sums over the global batch, in one small all-reduce."""
         n, p, s = self.config.global_batch_size, sample.weights.double(), sample.scores.double()
-        losses = walk.sample_losses.double()
-        # effective samples: 1 / sum P², the number of equal weights that are as uneven
-        sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
+        losses, size = walk.sample_losses.double(), p.abs()
+        logs = size.clamp(min=torch.finfo(size.dtype).tiny).log()  # 0 log 0 = 0
+        scores, weights = [s.sum() / n, (s * s).sum() / n], [-(size * logs).sum(), (p * p).sum(), size.sum(), p.sum()]
+        sums = torch.stack([losses.sum() / n, *scores, *weights])
         self.execution.add_over_ranks(sums)
-        train_loss, entropy, square, mean, second_moment = sums.tolist()
+        train_loss, mean, second_moment, *weight_sums = sums.tolist()
         return {
             "train_loss": train_loss,
             "kl": float(walk.kl),
-            "entropy": entropy,
-            "effective_samples": 1 / square,
+            **weight_metrics(self.weighting, n, *weight_sums),
             "score_mean": mean,
             "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
         }

@@ -45,6 +45,8 @@ class BilevelConfig:
     """A mean KL that stays above this is warned of: the proxy no longer speaks for the target."""
     l2_weight: float = bounded(1e-7, minimum=0)
     """lambda, weight of ||theta_p||^2 in the lower level."""
+    weights: str = "softmax"
+    """How the weights P of eq. (2) are made of the scores of n samples; a shard's scores are a(f) always."""
     solver: str = "sgd"
     """How eq. (5) is solved."""
     curvature: Curvature = "gauss_newton"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.bilevel.solvers import SOLVERS
+from megatron_bliss.bilevel.weights import WEIGHTINGS
 from megatron_bliss.config import parse
 from megatron_bliss.config.config import Config
 from megatron_bliss.models.families import FAMILIES
@@ -16,6 +17,7 @@ TABLES: parse.Tables = {
     "arms": ARMS,
     "score.family": FAMILIES,
     "bilevel.solver": SOLVERS,
+    "bilevel.weights": WEIGHTINGS,
     "selection.policy": POLICIES,
 }
 """Option → the records that it chooses from."""
