@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,21 @@ def environment() -> dict[str, str]:
 
 def run(corpus: Path, run_folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(corpus, run_folder, *options), env=environment(), capture_output=True, text=True)
+
+
+def kill_when(corpus: Path, run_folder: Path, pattern: str, *options: str) -> None:
+    """Start the run and SIGKILL it as soon as a file that matches ``pattern`` is there."""
+    log = run_folder.with_suffix(".log")
+    with open(log, "w") as output:
+        started = command(corpus, run_folder, *options)
+        process = subprocess.Popen(started, env=environment(), stdout=output, stderr=output)
+    try:
+        while not list(run_folder.glob(pattern)):
+            assert process.poll() is None, f"the run ended before {pattern} was there:\n{log.read_text()}"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
 
 
 def metric_lines(run_folder: Path) -> list[dict]:

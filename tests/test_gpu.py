@@ -13,6 +13,8 @@ from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.curvature import curvature_product
 from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.teacher import TargetTeacher
+from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.models.transformer import build_lm
 from tests.bilevel.trainers import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.runs import run
@@ -38,10 +40,11 @@ def test_a_curvature_product_equals_the_cpus(kind: str) -> None:
     assert torch.allclose(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
-def test_bilevel_steps_equal_the_cpus() -> None:
-    found = []
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_bilevel_steps_equal_the_cpus(family: str) -> None:
+    found, score = [], ScoreConfig(family=family)
     for world in (ALONE, World(None, 0, 1, torch.device("cuda"))):
-        trainer = make_trainer(CONFIG, torch.float64, world)
+        trainer = make_trainer(CONFIG, torch.float64, world, score=score)
         found.append([trainer.step() for _ in range(3)])
     for expected, step in zip(*found, strict=True):
         assert step == pytest.approx(expected, rel=1e-8)

@@ -216,6 +216,11 @@ def _small_model(path: Path, key: str) -> tuple[Architecture, dict[str, Tensor],
     described = state.get("architecture") if isinstance(state, dict) else None
     if key not in (state or ()) or not isinstance(described, dict):
         raise ValueError(f"found no {key} with its architecture in {path}, expected the final.pt of a run's stage")
+    family = state.get("score", {}).get("family", "transformer")
+    if key == "score_model" and family != "transformer":
+        raise ValueError(
+            f"found a score model of family {family} in {path}, expected transformer: the others have no such form"
+        )
     arch = Architecture(**{field.name: described[field.name] for field in fields(Architecture)})
     layout = proxy_layout(arch) if key == "proxy" else without_output(proxy_layout(arch))
     for name, shape in shapes(arch, layout).items():

@@ -12,6 +12,7 @@ from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import TargetConfig
 from megatron_bliss.config.selection import ScoringConfig
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Shard:
     seq_length: int
     target: Architecture
     proxy: Architecture
+    score: ScoreArchitecture
+    """Parts of the score model."""
     reference_tokens: Callable[[int], int]
     """Samples of the guide -> their tokens."""
 

@@ -14,13 +14,13 @@ def scores(options: None, inputs: Inputs) -> Scores:
     model, settings = inputs.load_score_model()
     blocks = inputs.folder / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
     values = score_by_model(model, inputs, blocks, "score")
-    flops = score_flops(inputs.source.corpus.num_tokens, model.architecture, inputs.source.seq_length)
+    flops = score_flops(inputs.source.corpus.num_tokens, model.score_architecture, inputs.source.seq_length)
     return Scores(values, settings, flops)
 
 
 def work(options: None, shard: Shard) -> tuple[int, float]:
     """Every token of the shard, once."""
-    return shard.tokens, float(score_flops(shard.tokens, shard.proxy, shard.seq_length))
+    return shard.tokens, float(score_flops(shard.tokens, shard.score, shard.seq_length))
 
 
 ARM = Arm("a score model trained by bilevel optimisation", scores, paper="2510.06048", stages=("bilevel",), work=work)

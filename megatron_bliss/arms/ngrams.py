@@ -1,41 +1,15 @@
-"""Hashed n-grams of tokens: their counts in a shard and in a reference set, and the importance weights these give.
-
-No n-gram reaches across the end of a document.
-"""
+"""Counts of hashed n-grams in a shard and in a reference set, and the importance weights these give."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from megatron_bliss.data.batches import BatchSource, UnitDataset
+from megatron_bliss.data.ngrams import NgramBuckets
 from megatron_bliss.selection.score_pass import BLOCK_UNITS
 
 SMOOTHING = 1e-8
 """Added to both distributions, as the paper's code does: a bucket that one of them lacks weighs heavily."""
-
-
-class NgramBuckets:
-    """Buckets of all n-grams, n = 1 … ``max_ngram``, in rows of tokens; those with the token ``eod`` are left out."""
-
-    def __init__(self, buckets: int, max_ngram: int, eod: int) -> None:
-        self.buckets, self.max_ngram, self.eod = buckets, max_ngram, eod
-
-    def of(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(row, bucket) int64 [n-grams] of ``tokens`` [t], which stand in ``rows`` at ``columns``, in order."""
-        hashes, usable = _mix(tokens.astype(np.uint64)), tokens != self.eod
-        found_rows, found = [], []
-        ngram, complete = hashes, usable
-        for length in range(1, self.max_ngram + 1):
-            if length > 1:  # one token more: the hash of the n-gram that starts one before, and this token's
-                ngram = _mix(ngram[:-1] * np.uint64(31) + hashes[length - 1 :])
-                complete = complete[:-1] & usable[length - 1 :] & (columns[length - 1 :] >= length - 1)
-            found_rows.append(rows[length - 1 :][complete])
-            found.append((ngram[complete] % np.uint64(self.buckets)).astype(np.int64))
-        return np.concatenate(found_rows), np.concatenate(found)
-
-    def count(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """int64 [buckets]: n-grams in each."""
-        return np.bincount(self.of(tokens, rows, columns)[1], minlength=self.buckets)
 
 
 def log_ratios(reference: np.ndarray, pool: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
@@ -50,15 +24,6 @@ def log_ratios(reference: np.ndarray, pool: np.ndarray, smoothing: float = 0.0) 
     smoothed = reference + smoothing * len(q) * q
     p = smoothed / smoothed.sum()
     return np.log(p + SMOOTHING) - np.log(q + SMOOTHING)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """A hash of each uint64: the finalizer of MurmurHash3, whose every output bit depends on every input bit."""
-    values = values ^ (values >> np.uint64(33))
-    values = values * np.uint64(0xFF51AFD7ED558CCD)
-    values = values ^ (values >> np.uint64(33))
-    values = values * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))
 
 
 def _read(source: UnitDataset, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,14 +14,17 @@ from megatron_bliss.arms.bliss import scores, work
 from megatron_bliss.bilevel.scheme import Scheme
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 if TYPE_CHECKING:
     from megatron_bliss.bilevel.memory import StepShape
 
 
 def options(run: BilevelConfig) -> BilevelConfig:
-    """The run's, without what changes only how the engine executes a step; it has a solver and a damping of its own."""
-    return replace(run, params_dtype="fp32", micro_batch_size=0, memory_limit_gib=0.0, compile=False)
+    """The run's, without what changes only how the engine executes a step; it has a solver, a damping and a softmax of
+    its own."""
+    fixed = {"params_dtype": "fp32", "micro_batch_size": 0, "memory_limit_gib": 0.0, "compile": False}
+    return replace(run, weights="softmax", **fixed)
 
 
 def _trainer(*arguments: Any) -> Any:
@@ -30,10 +33,12 @@ def _trainer(*arguments: Any) -> Any:
     return PublishedTrainer(*arguments)
 
 
-def _flops(config: BilevelConfig, proxy: Architecture, target: Architecture, seq_length: int) -> float:
+def _flops(
+    config: BilevelConfig, proxy: Architecture, target: Architecture, seq_length: int, score: ScoreArchitecture
+) -> float:
     from megatron_bliss.bilevel.published_costs import published_flops
 
-    return published_flops(config, proxy, target, seq_length)
+    return published_flops(config, proxy, target, seq_length, score)
 
 
 def _working(config: BilevelConfig, shape: StepShape, samples: int, kept: int) -> tuple[int, int]:

@@ -73,8 +73,9 @@ def curvature_product(
 ) -> CurvatureProduct:
     """C z of (5) for z = ``vector`` (flat or by name), with G, its gradient and d_i (6), in one pass.
 
-    C is the Hessian of G, or its Gauss-Newton matrix, which is positive semi-definite: the Jacobian of the logits on
-    both sides of m (diag p - p pᵀ), m the mass of cross-entropy and KL at each position; L2 adds 2 lambda z to both.
+    C is the Hessian of G, or its Gauss-Newton matrix, which is positive semi-definite where no weight is negative: the
+    Jacobian of the logits on both sides of m (diag p - p pᵀ), m the mass of cross-entropy and KL at each position; L2
+    adds 2 lambda z to both.
     """
     if curvature not in CURVATURES:
         raise ValueError(f"found curvature {curvature!r}, expected {' or '.join(CURVATURES)}: change bilevel.curvature")

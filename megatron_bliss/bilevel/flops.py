@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config.bilevel import BilevelConfig
-from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
+from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 GRADIENT_PASSES = 3
 """Forward passes F that a gradient costs: its own, and a backward pass at twice that."""
@@ -12,20 +13,27 @@ WALK_PASSES = {"gauss_newton": 8, "hessian": 12}
 """The same of a walk that gives C z, gradient and influences at once; its recomputation is part of the method."""
 
 
-def bilevel_flops(config: BilevelConfig, proxy: Architecture, target: Architecture, seq_length: int) -> float:
+def bilevel_flops(
+    config: BilevelConfig,
+    proxy: Architecture,
+    target: Architecture,
+    seq_length: int,
+    score: ScoreArchitecture | None = None,
+) -> float:
     """The bilevel stage of one round, counted in forward passes F over a batch.
 
     An upper step is as many walks as its solver says; a gradient for each lower step but the last, whose gradient a
     walk gives; the validation gradient; of the score model a forward pass per lower step, and a gradient; the target's
-    forward pass once per lower step.
+    forward pass once per lower step. ``score``: the score model's parts; None: the proxy's trunk.
     """
+    score = score or ScoreArchitecture(trunk=proxy)
     tokens = config.global_batch_size * seq_length
     walks = SOLVERS[config.solver].walks(config.solver_steps)
     lower = config.lower_iters - 1
     forward = flops_per_token(proxy, seq_length)
-    score = trunk_flops_per_token(proxy, seq_length)
     teacher = flops_per_token(target, seq_length) if config.kl_weight > 0 else 0.0
     validation = GRADIENT_PASSES * config.validation_batch_size * seq_length * forward
     passes = (walks * WALK_PASSES[config.curvature] + GRADIENT_PASSES * lower) * forward
-    passes += (1 + lower + GRADIENT_PASSES) * score + config.lower_iters * teacher
+    passes += (1 + lower) * score.flops_per_token(seq_length) + score.gradient_flops_per_token(seq_length)
+    passes += config.lower_iters * teacher
     return config.upper_iters * (tokens * passes + validation)

@@ -309,9 +309,11 @@ def _mass(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if terms.teacher is None:
         mass = terms.cross_entropy.to(dtype)
         return mass.unsqueeze(1), torch.zeros_like(mass).unsqueeze(1)
-    mass = (terms.cross_entropy + terms.divergence).to(dtype)
-    share = terms.divergence.to(dtype) / mass
-    return mass.unsqueeze(1), torch.where(mass > 0, share, torch.zeros_like(mass)).unsqueeze(1)
+    mass, divergence = (terms.cross_entropy + terms.divergence).to(dtype), terms.divergence.to(dtype)
+    # a negative weight may cancel the KL's: a mass of one rounding keeps m kappa and m alpha, what the two are apart
+    cancelled = (mass == 0) & (divergence != 0)
+    mass = torch.where(cancelled, divergence * torch.finfo(dtype).eps, mass)
+    return mass.unsqueeze(1), torch.where(mass != 0, divergence / mass, torch.zeros_like(mass)).unsqueeze(1)
 
 
 def _buffer_count(head: _Head) -> int:

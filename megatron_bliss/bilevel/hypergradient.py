@@ -3,8 +3,9 @@
 (1) s_i = a(f(theta_s; xi_i)), the score model's output (models/score.py)
 (7) grad Phi = - sum_i P_i (d_i - sum_j P_j d_j) grad s_i = sum_i c_i grad s_i,  c_i = - P_i (d_i - sum_j P_j d_j)
 
-The sums run over the global batch. The coefficients c_i do not depend on theta_s once they are numbers, so (7) is one
-ordinary backward pass of a weighted sum of scores, and one all-reduce.
+The sums run over the global batch. Other weights than the softmax have other coefficients (weights/). They do not
+depend on theta_s once they are numbers, so (7) is one ordinary backward pass of a weighted sum of scores, and one
+all-reduce.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from megatron_bliss.models.score import ScoreModel
 
 
 @torch.no_grad()
-def score_batch(model: ScoreModel, batch: Batch, *, micro_batch_size: int = 0) -> Tensor:
-    """(1) Scores s_i [b] of a batch without a graph, by micro-batches."""
-    parts = [model(part.tokens, part.lengths) for _, part in batch.micro_batches(micro_batch_size)]
+def score_batch(model: ScoreModel, batch: Batch, *, micro_batch_size: int = 0, raw: bool = False) -> Tensor:
+    """(1) Scores s_i [b] of a batch without a graph, by micro-batches; ``raw``: f_i instead."""
+    score = model.raw_scores if raw else model
+    parts = [score(part.tokens, part.lengths) for _, part in batch.micro_batches(micro_batch_size)]
     first = next(model.parameters())
     empty = torch.zeros(0, dtype=accumulation_dtype(first.dtype), device=first.device)  # a rank may have no sample
     return torch.cat([empty, *parts])
@@ -43,15 +45,19 @@ def hypergradient_coefficients(weights: Tensor, influence: Tensor, group: dist.P
 
 
 def hypergradient(
-    model: ScoreModel, batch: Batch, coefficients: Tensor, execution: Execution = ALONE
+    model: ScoreModel, batch: Batch, coefficients: Tensor, execution: Execution = ALONE, *, raw: bool = False
 ) -> ParameterVector:
-    """(7) grad Phi = sum_i c_i grad s_i by the score model's parameters, summed over the ranks; c [b]."""
+    """(7) grad Phi = sum_i c_i grad s_i by the score model's parameters, summed over the ranks; c [b].
+
+    ``raw``: the c_i are those of raw scores, and f_i stands in the place of s_i.
+    """
     if coefficients.shape != (len(batch),):
         raise ValueError(f"found coefficients of shape {tuple(coefficients.shape)}, expected ({len(batch)},)")
     parameters, total = dict(model.named_parameters()), vector.zeros(model)
+    score = model.raw_scores if raw else model
     for rows, part in batch.micro_batches(execution.micro_batch_size):
         with torch.enable_grad():
-            scores = model(part.tokens, part.lengths)  # [b]
+            scores = score(part.tokens, part.lengths)  # [b]
         found = torch.autograd.grad(scores, list(parameters.values()), coefficients[rows].detach().to(scores.dtype))
         vector.add_by_name(total, parameters, found)
     execution.add_over_ranks(total.flat)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.head import chunk_size
-from megatron_bliss.models.presets import Architecture, parameter_count
+from megatron_bliss.models.presets import Architecture, parameter_count, trunk_count
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 GIB = 2**30
 VECTORS = 3
@@ -79,12 +80,15 @@ class StepShape:
     """cpu or cuda."""
     teacher: bool = False
     """Whether there is a KL term."""
+    score: ScoreArchitecture | None = None
+    """Parts of the score model; None: the proxy's trunk."""
 
 
 def step_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
     """Estimated peak of one upper step over ``samples`` at once."""
     walk = _walk_bytes(shape, samples, recompute=recompute, dual=True)
-    return max(walk, _score_bytes(shape.arch, samples * shape.seq_length, shape.element_size))
+    score = shape.score or ScoreArchitecture(trunk=shape.arch)
+    return max(walk, _score_bytes(score, samples * shape.seq_length, shape.element_size))
 
 
 def gradient_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
@@ -114,13 +118,12 @@ def _walk_bytes(shape: StepShape, samples: int, *, recompute: bool, dual: bool) 
     )
 
 
-def _score_bytes(arch: Architecture, tokens: int, element_size: int) -> int:
-    return 4 * 2 * trunk_count(arch) + (arch.num_layers + 1) * block_elements(arch) * tokens * element_size
-
-
-def trunk_count(arch: Architecture) -> int:
-    """Parameters of the score model, but for its linear unit: those of the language model without output matrix."""
-    return parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
+def _score_bytes(score: ScoreArchitecture, tokens: int, element_size: int) -> int:
+    arch, table = score.trunk, 4 * 2 * score.table_parameters + score.table_pass_bytes(tokens)
+    if arch is None:
+        return table
+    graph = (arch.num_layers + 1) * block_elements(arch) * tokens * element_size
+    return 4 * 2 * trunk_count(arch) + graph + table
 
 
 def plan_step(shape: StepShape, samples: int, limit_gib: float) -> StepPlan:

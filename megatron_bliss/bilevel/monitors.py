@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_bliss.bilevel.weights.weighting import GlobalBatch, Weighting, weight_metrics
+
 PATIENCE = 5
 """Observations in a row after which a sign is believed: single batches are noisy."""
 UNIFORM_ENTROPY = 0.9999
@@ -35,6 +37,8 @@ class Limits:
 
     num_samples: int
     kl: float
+    scores_end_at_1: bool = True
+    """Whether scores lie between 0 and 1, where they can be saturated."""
 
 
 def _kl_is_high(values: Values, limits: Limits) -> bool:
@@ -46,7 +50,7 @@ def _weights_are_uniform(values: Values, limits: Limits) -> bool:
 
 
 def _scores_are_saturated(values: Values, limits: Limits) -> bool:
-    return values["score_std"] > SATURATED_DEVIATION
+    return limits.scores_end_at_1 and values["score_std"] > SATURATED_DEVIATION
 
 
 def _residual_is_high(values: Values, limits: Limits) -> bool:
@@ -83,21 +87,22 @@ def batch_metrics(
     scores: torch.Tensor,
     losses: torch.Tensor,
     kl: float,
-    num_samples: int,
-    group: dist.ProcessGroup | None,
+    batch: GlobalBatch,
+    weighting: Weighting,
 ) -> Values:
-    """What to log of a batch with P_i, s_i and l_i [b] on this rank and n samples over all; in one small all-reduce."""
-    n, p, s, losses = num_samples, weights.double(), scores.double(), losses.double()
-    # effective samples: 1 / sum P², the number of equal weights that are as uneven
-    sums = torch.stack([losses.sum() / n, -(p * p.log()).sum(), (p * p).sum(), s.sum() / n, (s * s).sum() / n])
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    train_loss, entropy, square, mean, second_moment = sums.tolist()
+    """What to log of a batch with P_i, s_i and l_i [b] on this rank, and a mean KL; in one small all-reduce."""
+    n, p, s, losses = batch.num_samples, weights.double(), scores.double(), losses.double()
+    size = p.abs()
+    logs = size.clamp(min=torch.finfo(size.dtype).tiny).log()  # 0 log 0 = 0
+    of_weights = [-(size * logs).sum(), (p * p).sum(), size.sum(), p.sum()]
+    sums = torch.stack([losses.sum() / n, s.sum() / n, (s * s).sum() / n, *of_weights])
+    if batch.group is not None:
+        dist.all_reduce(sums, group=batch.group)
+    train_loss, mean, second_moment, *weight_sums = sums.tolist()
     return {
         "train_loss": train_loss,
         "kl": kl,
-        "entropy": entropy,
-        "effective_samples": 1 / square,
+        **weight_metrics(weighting, n, *weight_sums),
         "score_mean": mean,
         "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
     }

@@ -29,9 +29,12 @@ class ComputeCopy:
 
     def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
         self.master = master
-        same = next(master.parameters()).dtype == dtype or dtype == torch.float32
-        # trained weights stay fp32: an update is often smaller than half a bf16 step, and would be lost
-        self._copy = None if same else copy.deepcopy(master).to(dtype).requires_grad_(True)
+        self._copy = None
+        if dtype != torch.float32 and any(parameter.dtype != dtype for parameter in master.parameters()):
+            low = copy.deepcopy(master).to(dtype)  # a score model's table of n-grams stays as it is
+            pairs = zip(low.parameters(), master.parameters(), strict=True)
+            # trained weights stay fp32: an update is often smaller than half a bf16 step, and would be lost
+            self._copy = low.requires_grad_(True) if any(new.dtype != old.dtype for new, old in pairs) else None
 
     @torch.no_grad()
     def refresh(self) -> nn.Module:

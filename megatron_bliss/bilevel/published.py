@@ -39,6 +39,8 @@ from megatron_bliss.base.parallel import all_gather
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
+from megatron_bliss.bilevel.weights import WEIGHTINGS
+from megatron_bliss.bilevel.weights.weighting import GlobalBatch
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
@@ -127,8 +129,8 @@ class PublishedTrainer:
         gradient = torch.autograd.grad(found.loss, list(self.proxy.parameters()))
         _, rate = self.proxy_optimizer.step(_named(self.proxy, self._means(gradient)))
         kl = 0.0 if found.kl is None else self._mean(found.kl)
-        samples = self.config.global_batch_size
-        metrics = batch_metrics(found.weights, found.scores, found.losses.detach(), kl, samples, group)
+        batch = GlobalBatch(self.config.global_batch_size, group)
+        metrics = batch_metrics(found.weights, found.scores, found.losses.detach(), kl, batch, WEIGHTINGS["softmax"])
         return {"lower_loss": self._mean(found.loss), "lr": rate, "residual": float("nan"), **metrics}
 
     def _solve(self, outer: Batch, b: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_bliss.bilevel.flops import bilevel_flops
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 if TYPE_CHECKING:
     from megatron_bliss.bilevel.memory import StepShape
@@ -23,8 +24,8 @@ class Scheme:
 
     trainer: Callable[..., Any]
     """The arguments of ``BilevelTrainer`` -> a trainer with its methods and monitors."""
-    flops: Callable[[BilevelConfig, Architecture, Architecture, int], float]
-    """(options, proxy, target, sequence length) -> model FLOPs of the stage in one round."""
+    flops: Callable[[BilevelConfig, Architecture, Architecture, int, ScoreArchitecture], float]
+    """(options, proxy, target, sequence length, score model) -> model FLOPs of the stage in one round."""
     batches: Callable[[BilevelConfig], int]
     """Batches of the shard that an upper step draws."""
     working: Callable[[BilevelConfig, StepShape, int, int], tuple[int, int]]
@@ -48,7 +49,9 @@ def _engine_working(config: BilevelConfig, shape: StepShape, samples: int, kept:
     from megatron_bliss.bilevel.memory import graph_bytes, planned_gradient_bytes, step_bytes
     from megatron_bliss.bilevel.train import split_batch
 
-    at_once, recompute = split_batch(config, shape.arch, samples, shape.seq_length, device=shape.device)
+    at_once, recompute = split_batch(
+        config, shape.arch, samples, shape.seq_length, device=shape.device, score=shape.score
+    )
     at_once = min(at_once or samples, samples)
     large = graph_bytes(shape.arch, at_once * shape.seq_length, shape.element_size, dual=True) > kept
     step = step_bytes(shape, at_once, recompute=large if recompute is None else recompute)

@@ -29,20 +29,22 @@ from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.head import Teacher
-from megatron_bliss.bilevel.hypergradient import hypergradient, hypergradient_coefficients, score_batch
+from megatron_bliss.bilevel.hypergradient import hypergradient, score_batch
 from megatron_bliss.bilevel.memory import StepShape, plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
 from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
-from megatron_bliss.bilevel.softmax import global_softmax
 from megatron_bliss.bilevel.solvers import SOLVERS, solve
 from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
+from megatron_bliss.bilevel.weights import WEIGHTINGS
+from megatron_bliss.bilevel.weights.weighting import GlobalBatch
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.models.transformer import LanguageModel
 
 if TYPE_CHECKING:
@@ -111,9 +113,11 @@ class BilevelTrainer:
         self.z = vector.zeros(proxy).flat  # of the master's size and dtype, whatever passes run in
         self.solver = SolverState()
         self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
-        split = _split(config, proxy, train, validation)
+        split = _split(config, proxy, score_model.score_architecture, train, validation)
         self.execution = Execution(world.world_group, *split, compiled=config.compile)
-        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
+        self.weighting = WEIGHTINGS[config.weights]
+        sigmoid = score_model.activation == "sigmoid" and not self.weighting.of_raw_scores
+        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
@@ -147,8 +151,10 @@ class BilevelTrainer:
 
     def _move_score_model(self, sample: _Sample, influence: Tensor) -> float:
         """One AdamW step along the hypergradient (eq. 7); its norm before clipping."""
-        coefficients = hypergradient_coefficients(sample.weights, influence, self.world.world_group)
-        upper = hypergradient(self._score_passes.refresh(), sample.batch, coefficients, self.execution)
+        scored = sample.scores, sample.weights, influence
+        coefficients = self.weighting.coefficients(*scored, self._global_batch(sample.batch))
+        raw, model = self.weighting.of_raw_scores, self._score_passes.refresh()
+        upper = hypergradient(model, sample.batch, coefficients, self.execution, raw=raw)
         return self.score_optimizer.step(upper)[0]
 
     def check_precision(self) -> list[str]:
@@ -200,10 +206,14 @@ class BilevelTrainer:
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
         batch = self.train.at(number).to(self.world.device)
-        size = self.execution.micro_batch_size
-        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size)  # [b]
-        weights = global_softmax(scores, self.world.world_group, unit_ids=batch.unit_ids, micro_batch_size=size)
+        size, raw = self.execution.micro_batch_size, self.weighting.of_raw_scores
+        scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size, raw=raw)  # [b]
+        weights = self.weighting.weights(scores, self._global_batch(batch))
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
+
+    def _global_batch(self, batch: Batch) -> GlobalBatch:
+        size = self.execution.micro_batch_size
+        return GlobalBatch(self.config.global_batch_size, self.world.world_group, batch.unit_ids, size)
 
     def _lower_loss(self, sample: _Sample) -> Loss:
         """G (eq. 3) on this rank's samples."""
@@ -243,8 +253,8 @@ class BilevelTrainer:
         return curvature.curvature_product(proxy, loss, z, self.execution, curvature=kind)
 
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
-        n, group = self.config.global_batch_size, self.world.world_group
-        return batch_metrics(sample.weights, sample.scores, walk.sample_losses, float(walk.kl), n, group)
+        batch, kl = self._global_batch(sample.batch), float(walk.kl)
+        return batch_metrics(sample.weights, sample.scores, walk.sample_losses, kl, batch, self.weighting)
 
 
 @dataclass(frozen=True)
@@ -258,23 +268,33 @@ class _Sample:
 
 
 def _split(
-    config: BilevelConfig, proxy: LanguageModel, train: BatchSchedule, validation: BatchSchedule
+    config: BilevelConfig,
+    proxy: LanguageModel,
+    score: ScoreArchitecture,
+    train: BatchSchedule,
+    validation: BatchSchedule,
 ) -> tuple[int, bool | None]:
     samples = max(1, *(schedule.stop - schedule.start for schedule in (train, validation)))
     seq_length = max(schedule.source.seq_length for schedule in (train, validation))
     device = next(proxy.parameters()).device.type
-    return split_batch(config, proxy.architecture, samples, seq_length, device=device)
+    return split_batch(config, proxy.architecture, samples, seq_length, device=device, score=score)
 
 
 def split_batch(
-    config: BilevelConfig, proxy: Architecture, samples: int, seq_length: int, *, device: str
+    config: BilevelConfig,
+    proxy: Architecture,
+    samples: int,
+    seq_length: int,
+    *,
+    device: str,
+    score: ScoreArchitecture,
 ) -> tuple[int, bool | None]:
     """Samples at once of a rank's ``samples``, and whether blocks are recomputed: as asked for (0: all of them; None:
     where graphs are large), or the largest split under the memory limit."""
     if not config.memory_limit_gib:
         return config.micro_batch_size, None
     element_size = DTYPES[config.params_dtype].itemsize
-    shape = StepShape(proxy, seq_length, element_size, device, teacher=config.kl_weight > 0)
+    shape = StepShape(proxy, seq_length, element_size, device, teacher=config.kl_weight > 0, score=score)
     plan = plan_step(shape, samples, config.memory_limit_gib)
     return plan.micro_batch_size, plan.recompute
 

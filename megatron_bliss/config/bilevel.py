@@ -45,6 +45,8 @@ class BilevelConfig:
     """A mean KL that stays above this is warned of: the proxy no longer speaks for the target."""
     l2_weight: float = bounded(1e-7, minimum=0)
     """lambda, weight of ||theta_p||^2 in the lower level."""
+    weights: str = "softmax"
+    """How the weights P of eq. (2) are made of the scores of n samples; a shard's scores are a(f) always."""
     solver: str = "sgd"
     """How eq. (5) is solved."""
     curvature: Curvature = "gauss_newton"
@@ -58,4 +60,5 @@ class BilevelConfig:
     proxy_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, lr_decay_style="cosine"))
     """Optimiser of the lower level."""
     score_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, lr_decay_style="cosine"))
-    """Optimiser of the upper level."""
+    """Optimiser of the upper level. score.family ngram takes far larger steps than a transformer: lr 1e-2 and
+    weight_decay 0 worked, with score.activation identity."""

@@ -97,13 +97,22 @@ class ProxyConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """The score model: the proxy's trunk, a masked mean over tokens and one linear unit (eq. 1)."""
+    """The score model (eq. 1). An option that names families is for these alone: others refuse it."""
 
+    family: str = "transformer"
+    """What f in s_i = a(f(theta_s; xi_i)) is."""
     activation: Activation = "sigmoid"
     """a in s_i = a(f(theta_s; xi_i))."""
     init_from: Literal["proxy", "fresh"] = "proxy"
-    """Trunk at the first round: the warmed-up proxy's, or newly initialised."""
+    """transformer, both: trunk at the first round: the warmed-up proxy's, or newly initialised."""
     carry_over: bool = True
     """Each round goes on with the last round's score model; false: start anew each round."""
     head_init_std: float = bounded(0.0, minimum=0)
-    """Standard deviation of the linear unit's initial weights; 0 starts from equal scores."""
+    """transformer, both: standard deviation of the linear unit's initial weights; 0 starts from equal scores."""
+    ngram_max: int = bounded(2, minimum=1, maximum=3)
+    """ngram, both: longest n-gram of tokens that counts; all shorter ones do, too."""
+    ngram_buckets: int = bounded(2**17, minimum=1, maximum=2**30)
+    """ngram, both: rows of the table that n-grams are hashed into; a power of 2 is fastest."""
+    ngram_scale: float = bounded(32.0, above=0)
+    """ngram, both: f = this x mean of the unit's entries. 32 suits a bilevel.score_optimizer with lr 1e-2 and
+    weight_decay 0; at a lower rate (both: a trunk's, such as 1e-3) a larger scale learns as fast."""

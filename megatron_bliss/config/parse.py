@@ -52,9 +52,14 @@ def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
     return Config(**(values | gathered))
 
 
-def _choosing(tables: Tables) -> dict[str, str]:
-    """{section: its option that makes a choice of one}."""
-    return dict(option.split(".") for option in tables if option not in SEVERAL)
+def _choosing(tables: Tables) -> dict[str, dict[str, Mapping[str, Choice]]]:
+    """{section: {its option that makes a choice of one: the records}}."""
+    found: dict[str, dict[str, Mapping[str, Choice]]] = {}
+    for option, table in tables.items():
+        if option not in SEVERAL:
+            section, _, choice = option.partition(".")
+            found.setdefault(section, {})[choice] = table
+    return found
 
 
 def _choosing_several(tables: Tables) -> dict[str, str]:
@@ -65,8 +70,8 @@ def _choosing_several(tables: Tables) -> dict[str, str]:
 def _whole(tables: Tables) -> type:
     """:class:`Config` as the command line shows it: a section with a choice has the settings of all its records."""
     options = settings_of(Config)
-    for section, choice in _choosing(tables).items():
-        shown = _section_options(options[section].type, choice, tables[f"{section}.{choice}"])
+    for section, choices in _choosing(tables).items():
+        shown = _section_options(options[section].type, choices)
         options[section] = dataclasses.replace(options[section], type=shown, default=shown())
     for section, choice in _choosing_several(tables).items():
         options[choice] = _with_records(options[choice], tables[choice])
@@ -75,10 +80,12 @@ def _whole(tables: Tables) -> type:
     return _options_class(Config, options, {name: one.help for name, one in options.items()})
 
 
-def _section_options(section: type, choice: str, table: Mapping[str, Choice]) -> type:
+def _section_options(section: type, choices: Mapping[str, Mapping[str, Choice]]) -> type:
     own = {name: one for name, one in settings_of(section).items() if name != "settings"}
-    own[choice] = dataclasses.replace(_with_records(own[choice], table), type=Literal[tuple(table)])
-    merged = merged_settings(table)
+    merged: dict[str, Setting] = {}
+    for choice, table in choices.items():
+        own[choice] = dataclasses.replace(_with_records(own[choice], table), type=Literal[tuple(table)])
+        merged |= merged_settings(table)
     texts = {name: one.help for name, one in own.items()} | {name: one.described() for name, one in merged.items()}
     return _options_class(section, own | merged, texts)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.config.training import PretrainingConfig
-from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
+from megatron_bliss.models.presets import Architecture, flops_per_token
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 BACKWARD_TO_FORWARD = 2
 """A backward pass costs twice the forward pass."""
@@ -26,6 +27,6 @@ def proxy_warmup_flops(config: ProxyConfig, proxy: Architecture, seq_length: int
     return (1 + BACKWARD_TO_FORWARD) * tokens * flops_per_token(proxy, seq_length)
 
 
-def score_flops(tokens: int, proxy: Architecture, seq_length: int) -> float:
+def score_flops(tokens: int, score: ScoreArchitecture, seq_length: int) -> float:
     """One forward pass of the score model over a shard of ``tokens`` tokens."""
-    return tokens * trunk_flops_per_token(proxy, seq_length)
+    return tokens * score.flops_per_token(seq_length)

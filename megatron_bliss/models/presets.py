@@ -178,6 +178,11 @@ def parameter_count(arch: Architecture) -> int:
     return matrices * arch.vocab_size * arch.hidden_size + arch.num_layers * (_linear_sizes(arch) + 2 * norm) + norm
 
 
+def trunk_count(arch: Architecture) -> int:
+    """Those of its trunk: all but an output matrix of its own."""
+    return parameter_count(arch) - arch.vocab_size * arch.hidden_size * arch.untie_embeddings_and_output_weights
+
+
 def _linear_sizes(arch: Architecture) -> int:
     """Weights and biases of the four linear maps of one block."""
     width, ffn_in = arch.hidden_size, arch.ffn_hidden_size * (1 if arch.architecture == "gpt_neox" else 2)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss.base.platform import choose_dtype
-from megatron_bliss.bilevel.memory import trunk_count
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.indexed import IndexedCorpus, chosen
 from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.run.corpora import deal_units
 from megatron_bliss.run.order import round_stages, selection_of
 from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings
@@ -154,7 +154,9 @@ def _selected_tokens(selection: SelectionConfig, shard_tokens: int, needed: int)
     return None if share is None else max(1, round(share * shard_tokens))
 
 
-def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Architecture) -> dict:
+def disk_plan(
+    config: Config, corpus: Corpus, target: Architecture, proxy: Architecture, score: ScoreArchitecture
+) -> dict:
     """Bytes of what a run leaves in its folder, by kind, and of one checkpoint of the target.
 
     Not counted: metrics, TensorBoard, megatron-core's dataset caches, and a checkpoint that is being written.
@@ -163,7 +165,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
     selected = [_selected_units(config, arm, corpus) for arm in arms]
-    proxies, scores = parameter_count(proxy), trunk_count(proxy) + proxy.hidden_size + 1
+    proxies, scores = parameter_count(proxy), score.parameters
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
     parts = {

@@ -7,6 +7,7 @@ NCCL and the allocator's fragments take comes on top: ROOM is left for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import starmap
 
 from megatron_bliss.arms import ARMS
@@ -18,13 +19,13 @@ from megatron_bliss.bilevel.memory import (
     block_elements,
     kept_bytes,
     planned_gradient_bytes,
-    trunk_count,
 )
 from megatron_bliss.bilevel.scheme import ENGINE, Scheme
 from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.config import Config
 from megatron_bliss.models.presets import Architecture, parameter_count
+from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.target.memory import (
     FP32_BYTES,
     MOMENT_BYTES,
@@ -38,14 +39,21 @@ ROOM = 0.1
 """Share of a device's memory that a plan leaves to what it does not count."""
 
 
-def memory_plan(
-    config: Config, device: str, layout: dict, memory_gib: float, target: Architecture, proxy: Architecture
-) -> dict:
+@dataclass(frozen=True)
+class Models:
+    """The three models of a run."""
+
+    target: Architecture
+    proxy: Architecture
+    score: ScoreArchitecture
+
+
+def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, models: Models) -> dict:
     """{"stages": [{stage, parameters, gradients, optimizer, working, total}], "largest", "fits", "advice"}, in bytes.
 
     Each stage on the pipeline rank that holds most. ``fits``: True, False, or None where the memory is not known.
     """
-    sizing = _Sizing(config, device, layout, memory_gib, target, proxy)
+    sizing = _Sizing(config, device, layout, memory_gib, models)
     learning = _bilevel_stages(config)
     stages = [sizing.training(), sizing.proxy_warmup(), *starmap(sizing.bilevel, learning.items())]
     stages += [sizing.score(), sizing.evaluate()]
@@ -86,23 +94,15 @@ def _entry(stage: str, parameters: int, gradients: int, optimizer: int, working:
 class _Sizing:
     """The sizes that all stages' memory follows from."""
 
-    def __init__(
-        self,
-        config: Config,
-        device: str,
-        layout: dict,
-        memory_gib: float,
-        target: Architecture,
-        proxy: Architecture,
-    ) -> None:
-        self.config, self.device, self.layout, self.target, self.proxy = config, device, layout, target, proxy
+    def __init__(self, config: Config, device: str, layout: dict, memory_gib: float, models: Models) -> None:
+        self.config, self.device, self.layout = config, device, layout
+        self.target, self.proxy, self.score_model = models.target, models.proxy, models.score
         self.seq_length = config.data.seq_length
         self.element_size = choose_dtype(config.platform).itemsize
         self.kept_bytes = kept_bytes(int(memory_gib * GIB) if device == "cuda" else 0)
-        self.proxy_count = parameter_count(proxy)
-        self.score_count = trunk_count(proxy) + proxy.hidden_size + 1
+        self.proxy_count = parameter_count(self.proxy)
         stages = range(config.target.pipeline_model_parallel_size)
-        self.weights = self.element_size * max(weight_count(config.target, target, stage) for stage in stages)
+        self.weights = self.element_size * max(weight_count(config.target, self.target, stage) for stage in stages)
 
     def share(self, batch: int) -> int:
         """Samples of a batch on the rank that has most."""
@@ -150,13 +150,16 @@ class _Sizing:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
         settings, scheme = stage
         element_size = DTYPES[settings.params_dtype].itemsize
-        count = self.proxy_count + self.score_count
-        parameters = FP32_BYTES * count + (element_size * count if element_size < FP32_BYTES else 0)
+        count = self.proxy_count + self.score_model.parameters
+        copied = self._pass_bytes(element_size) if self.score_model.trunk_parameters else 0
+        copies = element_size * self.proxy_count + copied
+        parameters = FP32_BYTES * count + (copies if element_size < FP32_BYTES else 0)
         optimizer = MOMENT_BYTES * count + FP32_BYTES * scheme.held_vectors * self.proxy_count
         samples = max(self.share(settings.global_batch_size), self.share(settings.validation_batch_size))
-        shape = StepShape(self.proxy, self.seq_length, element_size, self.device, teacher=settings.kl_weight > 0)
+        tied, score = settings.kl_weight > 0, self.score_model
+        shape = StepShape(self.proxy, self.seq_length, element_size, self.device, teacher=tied, score=score)
         at_once, working = scheme.working(settings, shape, samples, self.kept_bytes)
-        if settings.kl_weight > 0:
+        if tied:
             held, forward = self._teacher_bytes(samples)
             parameters += 0 if settings.offload_target else self.weights
             working = held + max(working, forward + (self.weights if settings.offload_target else 0))
@@ -176,8 +179,13 @@ class _Sizing:
         """One forward pass of the score model at a time."""
         tokens = self.config.scoring.micro_batch_size * self.seq_length
         element_size = DTYPES[self.config.scoring.params_dtype].itemsize
-        working = block_elements(self.proxy) * tokens * element_size
-        return _entry("score", element_size * self.score_count, 0, 0, working)
+        trunk, working = self.score_model.trunk, self.score_model.table_pass_bytes(tokens)
+        working += 0 if trunk is None else block_elements(trunk) * tokens * element_size
+        return _entry("score", self._pass_bytes(element_size), 0, 0, working)
+
+    def _pass_bytes(self, element_size: int) -> int:
+        """The score model as a pass reads it."""
+        return element_size * self.score_model.trunk_parameters + FP32_BYTES * self.score_model.table_parameters
 
     def arms(self) -> list[Memory]:
         """What the score stages of arms take beside a score model's pass."""

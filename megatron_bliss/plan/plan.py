@@ -16,10 +16,11 @@ from megatron_bliss.arms.arm import Shard
 from megatron_bliss.base.parallel import check_world_size
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.platform import PlatformConfig
+from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.models.flops import proxy_warmup_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
-from megatron_bliss.plan.memory import memory_plan
+from megatron_bliss.plan.memory import Models, memory_plan
 from megatron_bliss.run.checks import check_layout, check_options, not_ready
 from megatron_bliss.run.order import round_stages
 from megatron_bliss.target.layout import check_layout as check_target_layout
@@ -90,22 +91,28 @@ def make_plan(
     vocabulary, source = plan_vocabulary(config, vocab_size)
     target = configured_architecture("target", config.target, vocabulary)
     proxy = configured_architecture("proxy", config.proxy, vocabulary)
+    score = FAMILIES[config.score.family].architecture(config.score, proxy)
+    models = Models(target, proxy, score)
     layout, warnings = _layout(config, machine, target)
     corpus = plan_corpus(config, corpus_tokens)
-    stages = [_timed(record, config, machine, target, proxy) for record in _stages(config, target, proxy, corpus)]
+    stages = [_timed(record, config, machine, models) for record in _stages(config, models, corpus)]
     data = data_plan(config, corpus)
     return {
         "machine": asdict(machine),
         "layout": layout,
-        "models": {name: _model(arch) for name, arch in (("target", target), ("proxy", proxy))},
+        "models": {
+            "target": _model(target),
+            "proxy": _model(proxy),
+            "score model": {"family": config.score.family, "parameters": score.parameters},
+        },
         "not_ready": not_ready(config),
         "assumptions": [*_assumptions(config, machine), source, *corpus.assumptions],
         "warnings": [*warnings, *data.pop("warnings")],
         "stages": stages,
         **_totals(stages, machine),
-        "memory": memory_plan(config, machine.kind(config.platform), layout, machine.memory_gib, target, proxy),
+        "memory": memory_plan(config, machine.kind(config.platform), layout, machine.memory_gib, models),
         "data": data,
-        "disk": disk_plan(config, corpus, target, proxy),
+        "disk": disk_plan(config, corpus, target, proxy, score),
     }
 
 
@@ -135,9 +142,9 @@ def _layout(config: Config, machine: Machine, target: Architecture) -> tuple[dic
     return layout, warnings
 
 
-def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: Corpus) -> Iterator[dict]:
+def _stages(config: Config, models: Models, corpus: Corpus) -> Iterator[dict]:
     """Every stage of the run as {arm, round, stage, tokens, flops}, named as ``summary.json`` names them."""
-    seq_length, training = config.data.seq_length, config.pretraining
+    seq_length, training, proxy, target = config.data.seq_length, config.pretraining, models.proxy, models.target
     iteration_tokens, iteration = training.global_batch_size * seq_length, training_flops(training, target, seq_length)
     branch = training.decay_branch_iters
     fixed = {
@@ -153,26 +160,27 @@ def _stages(config: Config, target: Architecture, proxy: Architecture, corpus: C
         yield _record("shared", 0, f"warmup {stage}", *cost)
     for arm in config.arms:
         for number in range(1, config.rounds + 1):
-            costs = {**fixed, "score": _scoring(config, arm, number, target, proxy, corpus)}
-            costs["bilevel"] = _learning(config, arm, target, proxy)
+            costs = {**fixed, "score": _scoring(config, arm, number, models, corpus)}
+            costs["bilevel"] = _learning(config, arm, models)
             for stage in round_stages(config, arm):
                 yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
 
 
-def _learning(config: Config, arm: str, target: Architecture, proxy: Architecture) -> tuple[int, float]:
+def _learning(config: Config, arm: str, models: Models) -> tuple[int, float]:
     """Tokens that an arm's bilevel stage draws, and its FLOPs."""
     settings, seq_length = ARMS[arm].bilevel_options(config.bilevel), config.data.seq_length
     scheme = ARMS[arm].scheme
     samples = scheme.batches(settings) * settings.global_batch_size + settings.validation_batch_size
-    return settings.upper_iters * samples * seq_length, scheme.flops(settings, proxy, target, seq_length)
+    return settings.upper_iters * samples * seq_length, scheme.flops(
+        settings, models.proxy, models.target, seq_length, models.score
+    )
 
 
-def _scoring(
-    config: Config, arm: str, number: int, target: Architecture, proxy: Architecture, corpus: Corpus
-) -> tuple[int, float]:
+def _scoring(config: Config, arm: str, number: int, models: Models, corpus: Corpus) -> tuple[int, float]:
     """Tokens of the shard that a model reads, and all FLOPs of the stage, as the arm says."""
     tokens_of = partial(reference_tokens, config)
-    shard = Shard(corpus.units[number], corpus.tokens[number], config.data.seq_length, target, proxy, tokens_of)
+    sizes = corpus.units[number], corpus.tokens[number], config.data.seq_length
+    shard = Shard(*sizes, models.target, models.proxy, models.score, tokens_of)
     return ARMS[arm].work(config.baselines.get(arm), shard)
 
 
@@ -180,7 +188,7 @@ def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dic
     return {"arm": arm, "round": number, "stage": stage, "tokens": tokens, "flops": flops}
 
 
-def _timed(record: dict, config: Config, machine: Machine, target: Architecture, proxy: Architecture) -> dict:
+def _timed(record: dict, config: Config, machine: Machine, models: Models) -> dict:
     """A record with its seconds: FLOPs / (ranks x peak in the stage's precision x utilisation); None without a peak."""
     platform, flops = config.platform, record["flops"]
     parts = {platform.params_dtype: flops}
@@ -191,7 +199,7 @@ def _timed(record: dict, config: Config, machine: Machine, target: Architecture,
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision
         arm = ARMS[record["arm"]]
         settings = replace(arm.bilevel_options(config.bilevel), kl_weight=0.0)
-        alone = arm.scheme.flops(settings, proxy, target, config.data.seq_length)
+        alone = arm.scheme.flops(settings, models.proxy, models.target, config.data.seq_length, models.score)
         parts = {platform.params_dtype: flops - alone}
         parts[settings.params_dtype] = parts.get(settings.params_dtype, 0.0) + alone
     share = machine.mfu if record["stage"] not in SMALL_MODEL_STAGES else machine.proxy_mfu or machine.mfu

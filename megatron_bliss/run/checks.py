@@ -15,6 +15,7 @@ from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
 from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
+from megatron_bliss.models.families import check_family
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import round_stages
@@ -125,6 +126,7 @@ def _check_run(config: Config) -> None:
 def _check_sections(config: Config) -> None:
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
+    check_family(config.score)
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
 

@@ -7,11 +7,19 @@ from pathlib import Path
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.bilevel.solvers import SOLVERS
+from megatron_bliss.bilevel.weights import WEIGHTINGS
 from megatron_bliss.config import parse
 from megatron_bliss.config.config import Config
+from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.selection.policies import POLICIES
 
-TABLES: parse.Tables = {"arms": ARMS, "bilevel.solver": SOLVERS, "selection.policy": POLICIES}
+TABLES: parse.Tables = {
+    "arms": ARMS,
+    "score.family": FAMILIES,
+    "bilevel.solver": SOLVERS,
+    "bilevel.weights": WEIGHTINGS,
+    "selection.policy": POLICIES,
+}
 """Option → the records that it chooses from."""
 
 

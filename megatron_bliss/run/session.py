@@ -44,6 +44,11 @@ class Session:
         return int(tokenizer["vocab_size"])
 
     @cached_property
+    def eod(self) -> int:
+        """Id of the token that ends documents."""
+        return int(read_manifest(self.config.data.train_prefix)["tokenizer"]["eod"])
+
+    @cached_property
     def target_architecture(self) -> Architecture:
         return configured_architecture("target", self.config.target, self.vocab_size)
 

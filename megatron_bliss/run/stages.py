@@ -23,13 +23,14 @@ from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import ProxyWarmup
 from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ScoreConfig
 from megatron_bliss.data.batches import UnitDataset, open_labelled
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.models.flops import proxy_warmup_flops
 from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
-from megatron_bliss.models.score import ScoreModel, build_score_model
+from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
 from megatron_bliss.run.order import selection_of
@@ -83,9 +84,9 @@ def learn_scores(this: Round, folder: Path) -> dict:
     _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
     state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
     described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
-    _save_final(session, folder, state | described)
+    _save_final(session, folder, state | described | {"score": describe(config.score, session.eod)})
     models = session.proxy_architecture, session.target_architecture
-    flops = arm.scheme.flops(settings, *models, config.data.seq_length)
+    flops = arm.scheme.flops(settings, *models, config.data.seq_length, score_model.score_architecture)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(this), loss])
     if advice:
@@ -132,7 +133,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
         source=source,
         reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
         train_prefix=config.data.train_prefix,
-        eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
+        eod=session.eod,
         seed=this.seed("score"),
         folder=parts,
         groups=groups,
@@ -162,17 +163,17 @@ def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:
     config = this.session.config
     folder, _ = this.require("bilevel", "score")
     path, dtype = folder / FINAL_STATE, config.scoring.params_dtype
-    model = _new_score_model(this.session, None)
-    model.load_state_dict(checkpoint.load_state(path)["score_model"])
-    described = {"model_digest": sha256_file(path), "activation": config.score.activation, "params_dtype": dtype}
+    model = saved_score_model(checkpoint.load_state(path), this.session.groups.device)
+    described = {"model_digest": sha256_file(path), "family": config.score.family}
+    described |= {"activation": config.score.activation, "params_dtype": dtype}
     return model.to(DTYPES[dtype]), described
 
 
 def _new_regressor(this: Round) -> ScoreModel:
-    """A score model without activation on the warmed-up proxy's trunk."""
+    """A score model without activation on the warmed-up proxy's trunk, whatever the run's own is."""
     session = this.session
     proxy = _saved_proxy(session, warmup(session).folder("proxy"), "score")
-    config = dataclasses.replace(session.config.score, activation="identity", head_init_std=0.0)
+    config = ScoreConfig(activation="identity")
     seed = this.seed("regressor")
     return build_score_model(
         config, session.proxy_architecture, seed=seed, trunk_from=proxy, device=session.groups.device
@@ -236,10 +237,13 @@ def _saved_proxy(session: Session, folder: Path, needed_for: str) -> LanguageMod
 
 
 def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreModel:
-    seed = derive_seed(session.config.seed, "score model")
-    device = session.groups.device
     return build_score_model(
-        session.config.score, session.proxy_architecture, seed=seed, trunk_from=trunk, device=device
+        session.config.score,
+        session.proxy_architecture,
+        seed=derive_seed(session.config.seed, "score model"),
+        trunk_from=trunk,
+        eod=session.eod,
+        device=session.groups.device,
     )
 
 

@@ -6,7 +6,7 @@ from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
-from megatron_bliss.models.score import ScoreModel
+from megatron_bliss.models.score import TrunkScoreModel
 from megatron_bliss.models.transformer import build_lm
 
 
@@ -40,7 +40,7 @@ def language_model(*args, seed=0, dtype=torch.float64, **sizes):
 
 
 def score_model(*args, seed=0, dtype=torch.float64, activation="sigmoid", **sizes):
-    return jitter(ScoreModel(architecture(*args, **sizes), activation, 1.0, seed, dtype=dtype), seed)
+    return jitter(TrunkScoreModel(architecture(*args, **sizes), activation, 1.0, seed, dtype=dtype), seed)
 
 
 def random_batch(samples, length, vocab=23, *, seed=0, labelled=0.7):

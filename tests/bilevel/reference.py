@@ -14,6 +14,15 @@ def weights(scores):
     return torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
 
 
+WEIGHTS = {
+    "softmax": lambda model, batch: weights(model(batch.tokens, batch.lengths)),
+    "softmax_raw": lambda model, batch: weights(model.raw_scores(batch.tokens, batch.lengths)),
+    "sigmoid": lambda model, batch: 1 / (1 + torch.exp(-model.raw_scores(batch.tokens, batch.lengths))) / len(batch),
+    "raw": lambda model, batch: model.raw_scores(batch.tokens, batch.lengths) / len(batch),
+}
+"""(2) by the names of bilevel.weights, of a score model and the global batch, to be differentiated through."""
+
+
 def losses(model, parameters, batch, teacher=None, kl_direction="proxy_to_target"):
     """l_i and KL_i: means over the labelled tokens of a sample."""
     log_p = functional_call(model, parameters, (batch.tokens,)).log_softmax(-1)[:, :-1]

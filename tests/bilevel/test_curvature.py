@@ -71,6 +71,14 @@ def test_compiled_equals_double_backward(family):
     check_all(model, batch, P, z, kl_options("proxy_to_target", 3, 9), execution, 1e-9)
 
 
+@pytest.mark.parametrize("direction", ["proxy_to_target", "target_to_proxy"])
+def test_weights_of_any_sign(direction):
+    """One is negative, and one cancels the weight of its sample's KL."""
+    model, batch, P, z = problem("llama")
+    P = torch.tensor([-0.7, -0.6 / 3, 0.4], dtype=P.dtype)
+    check_all(model, batch, P, z, kl_options(direction, 3, 9, weight=0.6), Execution(), 1e-9)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),

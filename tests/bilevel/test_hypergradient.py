@@ -8,8 +8,11 @@ from megatron_bliss.bilevel import curvature, hypergradient
 from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.objective import validation_loss
 from megatron_bliss.bilevel.softmax import global_softmax
+from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.models.score import build_score_model
 from tests.bilevel import reference
 from tests.bilevel.problems import (
+    architecture,
     language_model,
     lower_loss,
     random_batch,
@@ -23,7 +26,20 @@ from tests.bilevel.problems import (
 @pytest.mark.parametrize("micro", [0, 2])
 @pytest.mark.parametrize("activation", ["sigmoid", "identity"])
 def test_equals_per_sample_gradients(micro, activation):
-    model, scorer, batch = language_model(), score_model("llama", activation=activation, seed=3), random_batch(5, 9)
+    compare_with_per_sample_gradients(score_model("llama", activation=activation, seed=3), micro)
+
+
+@pytest.mark.parametrize("family", ["ngram", "both"])
+def test_families_with_ngrams_equal_per_sample_gradients(family):
+    config = ScoreConfig(family=family, head_init_std=1.0, ngram_buckets=61)
+    scorer = build_score_model(config, architecture(), seed=3, eod=1, dtype=torch.float64)
+    with torch.no_grad():
+        scorer.ngrams.table.copy_(torch.randn(scorer.ngrams.table.shape, generator=torch.Generator().manual_seed(1)))
+    compare_with_per_sample_gradients(scorer, micro=2)
+
+
+def compare_with_per_sample_gradients(scorer, micro):
+    model, batch = language_model(), random_batch(5, 9)
     z = random_vector(model)
     scores = hypergradient.score_batch(scorer, batch, micro_batch_size=micro)
     P = global_softmax(scores)

@@ -32,6 +32,8 @@ CONFIG = BilevelConfig(
     proxy_optimizer=OPTIMIZER,
     score_optimizer=OPTIMIZER,
 )
+SCORE = ScoreConfig(head_init_std=0.5)
+EOD = 0
 ALONE = World(None, 0, 1, torch.device("cpu"))
 
 
@@ -65,11 +67,12 @@ def make_trainer(
     target_teacher=None,
     vocab_size: int = VOCABULARY,
     trainer: type = BilevelTrainer,
+    score: ScoreConfig = SCORE,
 ):
     """A trainer on random units; without a ``target_teacher``, a small frozen LM of another width is the teacher."""
     options = {"dtype": dtype, "device": world.device}
     proxy = build_lm(SIZES, vocab_size=vocab_size, seed=1, **options)
-    score = build_score_model(ScoreConfig(head_init_std=0.5), proxy.architecture, seed=2, trunk_from=proxy, **options)
+    score_model = build_score_model(score, proxy.architecture, seed=2, trunk_from=proxy, eod=EOD, **options)
     target = build_lm(dataclasses.replace(SIZES, hidden_size=24), vocab_size=vocab_size, seed=3, **options)
 
     def teacher(tokens: torch.Tensor) -> Teacher:
@@ -81,12 +84,14 @@ def make_trainer(
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
-    return trainer(config, proxy, score, target_teacher or teacher, train, validation, world)
+    return trainer(config, proxy, score_model, target_teacher or teacher, train, validation, world)
 
 
-def run_steps(config: BilevelConfig, dtype: torch.dtype, world: World, steps: int = 3) -> dict[str, np.ndarray]:
-    """Everything that ``steps`` bilevel steps leave behind, as fp64 arrays."""
-    trainer = make_trainer(config, dtype, world)
+def run_steps(
+    config: BilevelConfig, dtype: torch.dtype, world: World, steps: int = 3, **options
+) -> dict[str, np.ndarray]:
+    """Everything that ``steps`` bilevel steps leave behind, as fp64 arrays; ``options``: of :func:`make_trainer`."""
+    trainer = make_trainer(config, dtype, world, **options)
     metrics = [trainer.step() for _ in range(steps)]
     return {
         "proxy": flat(trainer.proxy),

@@ -38,6 +38,17 @@ def test_the_resolved_file_reads_back_the_same(options: list[str], tmp_path: Pat
     assert config.bilevel.proxy_optimizer.lr == 0.25
 
 
+def test_a_section_may_have_several_choices(options: list[str], tmp_path: Path) -> None:
+    config = parse_arguments([*options, "--bilevel.weights", "sigmoid", "--bilevel.solver", "neumann"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert read_config(path).bilevel == config.bilevel
+    assert (config.bilevel.weights, config.bilevel.solver) == ("sigmoid", "neumann")
+    for option in ("--bilevel.weights", "--bilevel.solver", "--score.family"):
+        with pytest.raises(SystemExit):
+            parse_arguments([*options, option, "none"])
+
+
 @pytest.mark.parametrize("written", ["bliss,dsir", "[bliss,dsir]", " bliss, dsir ,"])
 def test_arms_are_a_list_however_they_are_written(written: str, options: list[str], tmp_path: Path) -> None:
     config = parse_arguments([*options, "--arms", written])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_bliss.config.models import ScoreConfig
-from megatron_bliss.models.score import ScoreModel, build_score_model
+from megatron_bliss.models.score import TrunkScoreModel, build_score_model
 from tests.bilevel.problems import architecture, language_model, random_batch, score_model
 
 
@@ -43,7 +43,7 @@ def test_every_real_token_counts():
 
 
 def test_zero_head_starts_from_equal_scores_but_learns():
-    model, batch = ScoreModel(architecture(), "sigmoid", 0.0, 3), random_batch(4, 9)
+    model, batch = TrunkScoreModel(architecture(), "sigmoid", 0.0, 3), random_batch(4, 9)
     scores = model(batch.tokens, batch.lengths)
     assert scores.tolist() == [0.5] * 4
     scores[0].backward()
@@ -65,4 +65,4 @@ def test_trunk_is_copied_not_shared():
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="change score.activation"):
-        ScoreModel(architecture(), "tanh", 0.0, 0)
+        TrunkScoreModel(architecture(), "tanh", 0.0, 0)

@@ -18,7 +18,7 @@ from megatron_bliss.bilevel.published_costs import published_flops
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.models.presets import resolve_architecture
+from megatron_bliss.models.presets import resolve_architecture, trunk_flops_per_token
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.plan.text import format_plan
 from megatron_bliss.run.options import parse_options
@@ -152,6 +152,37 @@ def test_arms_with_a_bilevel_stage_of_their_own_are_planned() -> None:
     (advice,) = [text for text in tight["memory"]["advice"] if text.startswith("published bilevel:")]
     assert "bilevel.offload_target" in advice and "leave out the arm published" in advice
     assert "identity on top of a control arm alone" in format_plan(plan("pythia_1b_c4", "--arms", "identity"))
+
+
+def of_stage(planned: dict, stage: str) -> dict:
+    return next(one for one in planned["stages"] if one["stage"] == stage)
+
+
+def test_a_score_model_of_ngrams_costs_next_to_nothing() -> None:
+    family = "--score.family"
+    trunk, table, both = (plan("pythia_1b_c4", family, name) for name in ("transformer", "ngram", "both"))
+    counts = [planned["models"]["score model"]["parameters"] for planned in (trunk, table, both)]
+    assert counts[1] == 2**17 and counts[2] == counts[0] + counts[1] and counts[0] > 10**7
+    assert "score model 131,072" in format_plan(table)
+    scored, tokens = of_stage(table, "score")["flops"], of_stage(table, "score")["tokens"]
+    assert scored == 4.0 * tokens < 1e-3 * of_stage(trunk, "score")["flops"]
+    longer = plan("pythia_1b_c4", family, "ngram", "--score.ngram_max", "3")
+    assert of_stage(longer, "score")["flops"] == 6.0 * tokens
+    settings, models = config("pythia_1b_c4").bilevel, ("pythia-31m", "pythia-1b")
+    models = [resolve_architecture(ModelConfig(preset=name), 50304) for name in models]
+    batches = settings.upper_iters * settings.global_batch_size * 1024
+    steps = [of_stage(planned, "bilevel")["flops"] for planned in (trunk, table, both)]
+    read = batches * trunk_flops_per_token(models[0], 1024)  # forward once, then a gradient: 1 + 3; of n-grams 1 + 2
+    assert steps[0] == bilevel_flops(settings, *models, 1024)
+    assert steps[0] - steps[1] == pytest.approx(4 * read - 3 * 4 * batches, rel=1e-9)
+    assert steps[2] - steps[0] == pytest.approx(3 * 4 * batches, rel=1e-3)
+    held = [memory(planned)["bilevel"] for planned in (trunk, table, both)]
+    assert held[0]["optimizer"] - held[1]["optimizer"] == 8 * (counts[0] - 2**17)
+    assert held[2]["parameters"] - held[0]["parameters"] == 8 * 2**17  # passes are bf16: a copy, the table's in fp32
+    assert memory(table)["score"]["parameters"] == 4 * 2**17
+    assert memory(table)["score"]["working"] < 0.2 * memory(trunk)["score"]["working"]
+    disk = [planned["disk"]["parts"]["proxy and score model"] for planned in (trunk, table)]
+    assert disk[0] - disk[1] == 4 * 16 * (counts[0] - 2**17)  # in 4 rounds, with moments and once more in final.pt
 
 
 def test_training_memory_is_near_the_measured() -> None:

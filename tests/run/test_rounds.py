@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +19,7 @@ from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.report.costs import read_stages
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.run.rounds import STAGE_WORK
-from tests.runs import ROOT, command, environment, metric_lines, run
-
-
-def kill_when(corpus: Path, run_folder: Path, pattern: str) -> None:
-    """Start the run and SIGKILL it as soon as a file that matches ``pattern`` is there."""
-    log = run_folder.with_suffix(".log")
-    with open(log, "w") as output:
-        process = subprocess.Popen(command(corpus, run_folder), env=environment(), stdout=output, stderr=output)
-    try:
-        while not list(run_folder.glob(pattern)):
-            assert process.poll() is None, f"the run ended before {pattern} was there:\n{log.read_text()}"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+from tests.runs import ROOT, command, environment, kill_when, metric_lines, run
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,18 @@ def test_one_score_per_unit_for_any_number_of_ranks(model, source, tmp_path: Pat
     assert alone[20] == pytest.approx(model(batch.tokens, batch.lengths).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["ngram", "both"])
+def test_units_are_scored_by_any_family(family: str, source, tmp_path: Path) -> None:
+    config = ScoreConfig(family=family, activation="identity", ngram_buckets=64)
+    model = build_score_model(config, resolve_architecture(SIZES, 50), seed=1, eod=0)
+    with torch.no_grad():
+        model.ngrams.table.copy_(torch.randn(64, 1, generator=torch.Generator().manual_seed(1)))
+    alone = score(model, source, tmp_path / "1", 1)
+    assert np.array_equal(score(model, source, tmp_path / "3", 3), alone) and len(set(alone.tolist())) > COUNT // 2
+    batch = source.batch(np.array([20]))
+    assert alone[20] == pytest.approx(model(batch.tokens, batch.lengths).item(), abs=1e-5)
+
+
 def test_scores_of_a_trunk_in_bf16_rank_alike_and_have_no_ties(model, source, tmp_path: Path) -> None:
     exact = score(model, source, tmp_path / "fp32", 1)
     low = score(model.to(torch.bfloat16), source, tmp_path / "bf16", 1)

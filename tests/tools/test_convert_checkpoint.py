@@ -107,6 +107,16 @@ def test_proxy_and_score_model_become_hugging_faces(arch, tmp_path):
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
 
+def test_a_score_model_with_ngrams_is_no_transformer(tmp_path, capsys):
+    arch = NEOX
+    for family in ("ngram", "both"):
+        score_model = build_score_model(ScoreConfig(family=family), arch, seed=2)
+        state = {"score_model": score_model.state_dict(), "architecture": asdict(arch), "score": {"family": family}}
+        checkpoint.save_state(tmp_path / "final.pt", state)
+        assert convert(("score", tmp_path), ("huggingface", tmp_path / "score")) == 1
+        assert f"found a score model of family {family}" in capsys.readouterr().err
+
+
 def test_what_is_there_is_not_overwritten_and_failures_leave_nothing(tmp_path, capsys):
     save_huggingface(NEOX, tmp_path / "in")
     (tmp_path / "out").mkdir()

@@ -1,0 +1,34 @@
+"""A family of score models: one record that says what f in (1) s = a(f(theta_s; xi)) is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.score_architecture import NgramArchitecture, ScoreArchitecture
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family."""
+
+    settings: ClassVar[None] = None
+    """A family's options are fields of the section ``score``; two families may share some."""
+    help: str
+    """One line for the command line."""
+    architecture: Callable[[ScoreConfig, Architecture], ScoreArchitecture]
+    """(the section ``score``, the proxy) -> the parts that a model of this family has."""
+    options: tuple[str, ...]
+    """Fields of the section that say something to it, of those that do not hold for every family."""
+
+
+def ngram_architecture(config: ScoreConfig) -> NgramArchitecture:
+    """The table of n-grams that the options describe."""
+    return NgramArchitecture(config.ngram_max, config.ngram_buckets, config.ngram_scale)
+
+
+TRUNK_OPTIONS = ("init_from", "head_init_std")
+NGRAM_OPTIONS = ("ngram_max", "ngram_buckets", "ngram_scale")
