@@ -17,8 +17,8 @@ setup: $(STAMP)
 $(STAMP): setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev,eval,fast]'
-	@$(BIN)/python tools/check_setup.py dev eval fast
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev,eval,fast,duplicates]'
+	@$(BIN)/python tools/check_setup.py dev eval fast duplicates
 	@touch $@
 
 # Corpus, tokenizer, preprocessing and the run itself; ARGS go to the script, such as ARGS=--short

@@ -1,4 +1,4 @@
-"""Packaging: ``pip install -e '.[dev,eval,fast]' -c constraints.txt`` installs what the tests were run with."""
+"""Packaging: ``pip install -e '.[dev,eval,fast,duplicates]' -c constraints.txt`` installs what the tests run with."""
 
 import re
 from pathlib import Path
@@ -41,6 +41,7 @@ setup(
     extras_require={
         "eval": ["lm-eval[hf]==0.4.13"],
         "fast": ["gigatoken==0.10.0"],  # young: preprocessing checks it against tokenizers, and does without it
+        "duplicates": ["datasketch>=2,<3"],  # selection.near_duplicates
         "gpu": ["transformer-engine[pytorch]"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
     },

@@ -45,6 +45,7 @@ def write_corpus(folder: Path) -> None:
     """Corpus, validation sets, tasks and the config of a run on them."""
     write_texts(folder / "pool.jsonl", 120, 1)
     write_texts(folder / "held.jsonl", 12, 2)
+    write_texts(folder / "other.jsonl", 6, 5)
     write_tasks(folder / "tasks")
     preprocess(
         PreprocessSettings(
@@ -56,10 +57,14 @@ def write_corpus(folder: Path) -> None:
         ),
         progress="none",
     )
-    for name, label in (("guide", "last-word"), ("held", "all")):
+    for name, source, label in (
+        ("guide", "held", "last-word"),
+        ("held", "held", "all"),
+        ("held_other", "other", "all"),
+    ):
         prepare_validation(
             ValidationSettings(
-                inputs=[str(folder / "held.jsonl")],
+                inputs=[str(folder / f"{source}.jsonl")],
                 output_prefix=str(folder / name),
                 tokenizer_type="bytes",
                 label=label,
@@ -74,6 +79,7 @@ def write_corpus(folder: Path) -> None:
             "train_prefix": str(folder / "pool"),
             "validation_prefix": str(folder / "guide"),
             "test_prefixes": [str(folder / "held")],
+            "other_prefixes": [str(folder / "held_other")],
             "seq_length": 32,
         },
         "target": sizes,

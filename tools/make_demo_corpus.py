@@ -3,7 +3,8 @@
 Writes OUT/pool-*.jsonl.gz in C4's shape (text, url, timestamp, domain): prose from documentation, code, licences,
 tables, and labelled damage of kinds that crawls hold (boilerplate, encoded, shuffled, mojibake); and prose that is
 nowhere in the pool: OUT/validation.jsonl.gz, OUT/heldout.jsonl.gz, and OUT/heldout_cloze.jsonl.gz (passages whose
-last word is to be told).
+last word is to be told). OUT/heldout_other.jsonl.gz holds code and tables that are not in the pool: what a selection
+that wants prose does not speak for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from megatron_bliss.base.command import command
 from megatron_bliss.base.files import atomic_file
@@ -38,6 +39,11 @@ CHARACTERS = {
 """Size of each domain relative to prose, so that prose is a fifth of the pool in tokens and the others share the rest
 about equally (measured with byte-level BPEs of 4,096 and 8,192 ids trained on the pool)."""
 
+OTHER = ("code", "table")
+"""Domains of the held-out set of other kinds."""
+OTHER_CHARACTERS = 8_000
+"""Its size in each of them: about 128 samples of 64 tokens in all, so that measuring on it takes little time."""
+
 
 def deal_prose(documents: list[domains.Document], generator: random.Random) -> dict[str, list[domains.Document]]:
     """Disjoint lists of prose documents by purpose, in random order, by :data:`PROSE_SHARES` of all."""
@@ -60,13 +66,11 @@ def take(documents: Iterable[domains.Document], characters: int) -> list[domains
     return taken
 
 
-def make_pool(
-    found: InstallationText, prose: dict[str, list[domains.Document]], characters: int, generator: random.Random
-) -> dict[str, list[domains.Document]]:
-    """Documents of every domain; ``characters`` is the size of the whole pool, less when the prose does not suffice."""
-    available = sum(len(text) for _, text in prose["pool"])
-    unit = min(available, characters / sum(CHARACTERS.values()))
-    sources = {
+def make_sources(
+    found: InstallationText, prose: dict[str, list[domains.Document]], generator: random.Random
+) -> dict[str, Iterator[domains.Document]]:
+    """Documents of every domain, made as they are taken."""
+    return {
         "prose": iter(prose["pool"]),
         "code": domains.code(found.code, generator),
         "licence": domains.licences(found.licences, generator),
@@ -76,7 +80,22 @@ def make_pool(
         "shuffled": domains.shuffled(prose["shuffled"], generator),
         "mojibake": domains.mojibake(prose["mojibake"], generator),
     }
+
+
+def make_pool(
+    sources: dict[str, Iterator[domains.Document]], available_prose: int, characters: int
+) -> dict[str, list[domains.Document]]:
+    """Documents of every domain; ``characters`` is the size of the whole pool, less when the prose does not suffice."""
+    unit = min(available_prose, characters / sum(CHARACTERS.values()))
     return {domain: take(documents, int(unit * CHARACTERS[domain])) for domain, documents in sources.items()}
+
+
+def take_other(
+    sources: dict[str, Iterator[domains.Document]], pool: dict[str, list[domains.Document]]
+) -> dict[str, list[domains.Document]]:
+    """Documents of the domains in :data:`OTHER` that the pool has left, without texts that it holds, too."""
+    taken = {text for domain in OTHER for _, text in pool[domain]}
+    return {domain: take((one for one in sources[domain] if one[1] not in taken), OTHER_CHARACTERS) for domain in OTHER}
 
 
 def write_jsonl(path: str, records: Iterable[dict]) -> None:
@@ -100,7 +119,8 @@ def make_demo_corpus(folder: str, megabytes: float, files: int, seed: int) -> di
     generator = random.Random(seed)
     found = read_installation(max_code_bytes=int(megabytes * 2e5))
     prose = deal_prose(domains.prose(found.prose, generator), generator)
-    pool = make_pool(found, prose, int(megabytes * 1e6), generator)
+    sources = make_sources(found, prose, generator)
+    pool = make_pool(sources, sum(len(text) for _, text in prose["pool"]), int(megabytes * 1e6))
     passages = [(name, passage) for name, text in prose["cloze"] for passage in cloze.passages(text)]
     os.makedirs(folder, exist_ok=True)
     records = [record(document, domain) for domain, documents in pool.items() for document in documents]
@@ -110,7 +130,10 @@ def make_demo_corpus(folder: str, megabytes: float, files: int, seed: int) -> di
     held_out = {"validation": prose["validation"], "heldout": prose["heldout"], "heldout_cloze": passages}
     for name, documents in held_out.items():
         write_jsonl(f"{folder}/{name}.jsonl.gz", (record(document, "prose") for document in documents))
-    return {**pool, **held_out}
+    other = take_other(sources, pool)
+    records = (record(document, domain) for domain, documents in other.items() for document in documents)
+    write_jsonl(f"{folder}/heldout_other.jsonl.gz", records)
+    return {**pool, **held_out, "heldout_other": [document for documents in other.values() for document in documents]}
 
 
 def print_sizes(made: dict[str, list[domains.Document]]) -> None:

@@ -18,14 +18,14 @@ from megatron_bliss.base.command import command
 from megatron_bliss.base.files import read_json, sha256_file
 from megatron_bliss.base.text import align
 from megatron_bliss.config.selection import SelectionConfig
-from megatron_bliss.config.settings import Setting, merged_settings
+from megatron_bliss.config.settings import Setting, merged_settings, settings_of
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.selection.combine import COMBINATIONS, mean_score
 from megatron_bliss.selection.policies import POLICIES
-from megatron_bliss.selection.select import apply_policy, check_selection
+from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
 
 SHARES = dict[str, float]
 """Settings of this type are given as NAME=SHARE words."""
@@ -99,6 +99,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--policy", choices=list(POLICIES), default="top_fraction", help=f"which units are kept. {policies}")
     for name, setting in merged_settings(POLICIES).items():
         add(f"--{name.replace('_', '-')}", **flag(setting))
+    near_duplicates = settings_of(SelectionConfig)["near_duplicates"].help
+    add("--near-duplicates", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
     add(
         "--combine",
         choices=[*COMBINATIONS, "mean"],
@@ -119,7 +121,7 @@ def selection_options(options: argparse.Namespace) -> SelectionConfig:
     if missing:
         raise ValueError(f"policy {options.policy} needs --{missing[0].replace('_', '-')}")
     shares = {name: parse_shares(name, value) for name, value in given.items() if known[name].type == SHARES}
-    selection = SelectionConfig(policy=options.policy, settings=given | shares)
+    selection = SelectionConfig(options.policy, near_duplicates=options.near_duplicates, settings=given | shares)
     check_selection(selection)
     if len(options.scores) > 1 and not options.combine:
         raise ValueError(f"{len(options.scores)} score files, expected --combine {', '.join([*COMBINATIONS, 'mean'])}")
@@ -182,8 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     prefix = run(options)
-    counts = read_manifest(prefix)["counts"]
+    manifest = read_manifest(prefix)
+    counts = manifest["counts"]
     print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
+    for line in selection_lines(manifest["policy"]):
+        print(line)
     print_shares(options.input_prefix, prefix, options.domain_field or "domain")
     return 0
 

@@ -12,7 +12,8 @@ if [ "${1:-}" = --short ]; then
   data=runs/quickstart-short-data
   corpus=(--megabytes 2)
   options=(--run_folder runs/quickstart-short --data.train_prefix $data/pool --data.validation_prefix $data/validation
-    --data.test_prefixes "[$data/heldout,$data/cloze]" --proxy.warmup_iters 20 --bilevel.upper_iters 10
+    --data.test_prefixes "[$data/heldout,$data/cloze]" --data.other_prefixes "[$data/other]"
+    --proxy.warmup_iters 20 --bilevel.upper_iters 10
     --pretraining.warmup_iters 10 --pretraining.train_iters 10 --pretraining.eval_interval 5 --evaluation.max_samples 64
     --evaluation.data_dir $data/tasks --evaluation.limit 100)
 else
@@ -23,7 +24,7 @@ step() { printf '\n== %s\n' "$*"; }
 "$python" -c 'import os; raise SystemExit(os.cpu_count() < 2)' || echo "note: fewer than 2 cores, this takes longer" >&2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c 'import os; print(max(1, len(os.sched_getaffinity(0)) // 2))')}
 
-if [ ! -f $data/done ]; then
+if [ ! -f $data/done ] || [ ! -f $data/other.idx ]; then
   step "corpus: prose, code, tables and damaged text from this Python installation"
   "$python" tools/make_demo_corpus.py --output $data/text "${corpus[@]}"
   step "tokenizer: byte-level BPE, 2,048 entries"
@@ -32,8 +33,9 @@ if [ ! -f $data/done ]; then
   step "indexed datasets"
   "$python" tools/preprocess_data.py --input $data/text/pool-*.jsonl.gz --output-prefix $data/pool \
     --tokenizer-model $data/tokenizer.json --unit window --window-length 64 --workers 2
-  for set in validation heldout; do
-    "$python" tools/prepare_validation.py --input $data/text/$set.jsonl.gz --output-prefix $data/$set \
+  for set in validation heldout other; do
+    name=${set/other/heldout_other}
+    "$python" tools/prepare_validation.py --input $data/text/$name.jsonl.gz --output-prefix $data/$set \
       --tokenizer-model $data/tokenizer.json --label all --max-length 64
   done
   "$python" tools/prepare_validation.py --input $data/text/heldout_cloze.jsonl.gz --output-prefix $data/cloze \

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # BLISS on your own web text:
-#   bash examples/web_text/run.sh 'DOCUMENTS_GLOB' VALIDATION.jsonl RUN_FOLDER [options of pretrain_bliss.py ...]
+#   [OTHER=FILE.jsonl] bash examples/web_text/run.sh 'DOCUMENTS_GLOB' VALIDATION.jsonl RUN_FOLDER \
+#     [options of pretrain_bliss.py ...]
 # DOCUMENTS_GLOB: JSON lines (.jsonl, .json, .gz) with a "text" field; "domain" and "format" are reported where present.
 # VALIDATION: JSON lines with "text", passages like those the model should be good at. Every second one guides the
 # selection; the others are held out for the result, by the loss on all their tokens and by that on their last words.
+# OTHER: JSON lines with "text" of another kind, such as a general sample of the web; the result shows what was lost there.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-  sed -n '2,6s/^# //p' "$0" >&2
+  sed -n '2,8s/^# //p' "$0" >&2
   exit 2
 fi
 documents=$1 validation=$(realpath "$2") folder=$(realpath -m "$3")
 shift 3
+other=${OTHER:+$(realpath "$OTHER")}
 case $documents in /*) ;; *) documents=$PWD/$documents ;; esac
 cd "$(dirname "$0")/../.."
 . examples/find_python.sh
@@ -31,6 +34,11 @@ if [ ! -f "$data/done" ]; then
   prepare heldout 2/2 all
   prepare heldout_last_word 2/2 last-word
   touch "$data/done"
+fi
+if [ -n "$other" ]; then
+  "$python" tools/prepare_validation.py --input "$other" --output-prefix "$data/other" --label all \
+    --tokenizer-model "$data/tokenizer.json" --max-length 64
+  set -- --data.other_prefixes "[$data/other]" "$@"
 fi
 
 # Two processes, or as many as there are GPUs for them: NCCL takes one process a device.

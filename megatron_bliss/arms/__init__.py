@@ -4,6 +4,12 @@ from megatron_bliss.arms.arm import Arm
 from megatron_bliss.config.choices import Choices
 
 ARMS: Choices[Arm] = Choices(
-    "megatron_bliss.arms", "ARM", ("bliss", "random", "dsir", "mates", "identity", "single_level", "published")
+    "megatron_bliss.arms",
+    "ARM",
+    (
+        *("bliss", "random", "dsir", "mates"),
+        *("perplexity", "classifier", "external", "full"),
+        *("identity", "single_level", "published"),
+    ),
 )
 """The arms by the names that ``--arms`` knows."""

@@ -10,6 +10,7 @@ from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.bilevel.scheme import ENGINE, Scheme
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.selection import ScoringConfig
 from megatron_bliss.models.presets import Architecture
 
 
@@ -36,6 +37,10 @@ class Sizes:
     proxy: Architecture
     target_weights: int
     """Elements of the target on the rank that holds most."""
+    scoring: ScoringConfig
+    """How a model reads a shard."""
+    device: str
+    """cpu or cuda."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Memory:
     working: int
     advice: str
     """What to change where it does not fit."""
+
+
+def accept_any(options: Any, train_prefix: str) -> None:
+    """The check of an arm whose options need nothing on the disk."""
 
 
 def reads_nothing(options: Any, shard: Shard) -> tuple[int, float]:
@@ -78,6 +87,10 @@ class Arm:
     """Number on arXiv."""
     settings: type | None = None
     """Frozen dataclass of its options, ``--baselines.NAME.OPTION``; the string under a field is its help."""
+    check: Callable[[Any, str], None] = accept_any
+    """(its options, data.train_prefix) -> ValueError where they cannot work with what lies on the disk."""
+    keeps_all: bool = False
+    """The target trains on all of a shard, whatever the policy of the run."""
     stages: tuple[str, ...] = ()
     """Stages of its rounds that come before ``score``."""
     bilevel_options: Callable[[BilevelConfig], BilevelConfig] = as_they_are

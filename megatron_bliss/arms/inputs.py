@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # arms' files are imported to read options, these take second
     from megatron_bliss.models.loop import Trainer
     from megatron_bliss.models.presets import Architecture
     from megatron_bliss.models.score import ScoreModel
+    from megatron_bliss.models.transformer import LanguageModel
     from megatron_bliss.target.model import Target
     from megatron_bliss.target.state import Moments
 
@@ -31,6 +32,8 @@ class Inputs:
 
     source: UnitDataset
     reference: BatchSource
+    train_prefix: str
+    """The corpus that the shard was dealt from."""
     eod: int
     """Id of the token that ends documents."""
     seed: int
@@ -50,6 +53,8 @@ class Inputs:
     target_architecture: Architecture
     target_optimizer: OptimizerConfig
     """How the target is trained."""
+    load_proxy: Callable[[], tuple[LanguageModel, dict]]
+    """The warmed-up proxy in the precision of scoring, and what ``scores.json`` says of it."""
     load_score_model: Callable[[], tuple[ScoreModel, dict]]
     """The score model of this round's bilevel stage, and what ``scores.json`` says of it."""
     new_score_model: Callable[[], ScoreModel]

@@ -38,12 +38,17 @@ class NgramBuckets:
         return np.bincount(self.of(tokens, rows, columns)[1], minlength=self.buckets)
 
 
-def log_ratios(reference: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """log(p_j / q_j), float64 [buckets], of counts; ValueError where one of the two has no n-gram at all."""
+def log_ratios(reference: np.ndarray, pool: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
+    """log(p_j / q_j), float64 [buckets], of counts; ValueError where one of the two has no n-gram at all.
+
+    smoothing s: with c the reference's counts, p_j = (c_j + s m q_j) / (sum c + s m), so that p tends to q.
+    """
     for name, counts in (("reference set", reference), ("shard", pool)):
         if not counts.sum():
             raise ValueError(f"found no n-gram in the {name}, expected text: check its tokens and its eod token")
-    p, q = reference / reference.sum(), pool / pool.sum()
+    q = pool / pool.sum()
+    smoothed = reference + smoothing * len(q) * q
+    p = smoothed / smoothed.sum()
     return np.log(p + SMOOTHING) - np.log(q + SMOOTHING)
 
 
@@ -74,14 +79,31 @@ def count_reference(counter: NgramBuckets, reference: BatchSource) -> np.ndarray
     """int64 [buckets] over the whole reference set: all its tokens, labelled or not."""
     total = np.zeros(counter.buckets, dtype=np.int64)
     for start in range(0, len(reference), BLOCK_UNITS):
-        batch = reference.batch(np.arange(start, min(start + BLOCK_UNITS, len(reference))))
-        real = np.arange(batch.tokens.shape[1])[None, :] < batch.lengths.numpy()[:, None]
-        rows, columns = np.nonzero(real)
-        total += counter.count(batch.tokens.numpy()[real], rows, columns)
+        ids = np.arange(start, min(start + BLOCK_UNITS, len(reference)))
+        total += np.bincount(ngrams_of(counter, reference, ids)[1], minlength=counter.buckets)
     return total
+
+
+def ngrams_of(counter: NgramBuckets, source: BatchSource, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, bucket) int64 [n-grams] of samples of a reference set or shard: all their tokens, labelled or not."""
+    rows, buckets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start in range(0, len(ids), BLOCK_UNITS):
+        batch = source.batch(ids[start : start + BLOCK_UNITS])
+        real = np.arange(batch.tokens.shape[1])[None, :] < batch.lengths.numpy()[:, None]
+        found, found_buckets = counter.of(batch.tokens.numpy()[real], *np.nonzero(real))
+        rows.append(found + start)
+        buckets.append(found_buckets)
+    return np.concatenate(rows), np.concatenate(buckets)
 
 
 def log_weights(counter: NgramBuckets, source: UnitDataset, ids: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
     """float32 [n]: importance log-weights of units."""
     rows, buckets = counter.of(*_read(source, ids))
     return np.bincount(rows, weights=log_ratio[buckets], minlength=len(ids)).astype(np.float32)
+
+
+def mean_log_weights(counter: NgramBuckets, source: UnitDataset, ids: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
+    """float32 [n]: importance log-weights of units per n-gram, 0 where they have none."""
+    rows, buckets = counter.of(*_read(source, ids))
+    sums = np.bincount(rows, weights=log_ratio[buckets], minlength=len(ids))
+    return (sums / np.maximum(np.bincount(rows, minlength=len(ids)), 1)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.models.score import ScoreModel
-from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_blocks, score_units
 
 
 def shard_pass(inputs: Inputs, name: str) -> ScorePass:
@@ -23,6 +24,15 @@ def shard_pass(inputs: Inputs, name: str) -> ScorePass:
         show_progress=inputs.show_progress,
         description=f"{inputs.description} {name}",
     )
+
+
+def score_by(score: Callable[[np.ndarray], np.ndarray], inputs: Inputs, blocks: Path, name: str) -> np.ndarray | None:
+    """:func:`score_by_model` by any function from unit ids (int64 [n], in order) to scores (float32 [n])."""
+    groups = inputs.groups
+    with failing_together(groups):
+        score_blocks(score, len(inputs.source), blocks, shard_pass(inputs, name))
+    with failing_together(groups):  # by now every rank has written its blocks
+        return gather_scores(blocks, len(inputs.source)) if groups.is_main else None
 
 
 def score_by_model(model: ScoreModel, inputs: Inputs, blocks: Path, name: str) -> np.ndarray | None:

@@ -19,7 +19,10 @@ class DataConfig:
     validation_prefix: str = ""
     """The guide, validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
     test_prefixes: list[str] = field(default_factory=list)
-    """Held-out sets on which every arm is measured; the first gives summary.json its validation_loss."""
+    """Held-out sets of the guide's kind on which every arm is measured; the first gives summary.json its
+    validation_loss."""
+    other_prefixes: list[str] = field(default_factory=list)
+    """Held-out sets that the guide does not speak for: what a selection may cost shows on them."""
     split: str = "1,0,0"
     """Shares of the corpus in index order, as Megatron's --split: what is chosen from, the guide where
     validation_prefix is empty, the held-out set where test_prefixes is empty; such as 949,50,1."""

@@ -31,5 +31,7 @@ class LoggingConfig:
     """Progress bars: auto draws them on a terminal and prints a line now and then elsewhere."""
     tensorboard: bool = True
     """Also write tensorboard/ in the run folder."""
+    loss_margin: float = bounded(0.01, minimum=0, maximum=100)
+    """Nats per token by which an arm may end above the control on a held-out set before the run warns of it."""
     device_peak_tflops: float = bounded(0.0, minimum=0)
     """Peak of one device in params_dtype, for its utilisation (0: by name for known NVIDIA devices, else none)."""

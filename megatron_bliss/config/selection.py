@@ -27,5 +27,10 @@ class SelectionConfig:
     """Which units are kept."""
     epoch_warning: float = bounded(4.0, above=0)
     """Warn when the target will see the tokens of a selection more often than this in one round."""
+    fraction_schedule: list[float] = bounded(default_factory=list, above=0, maximum=1)
+    """In place of fraction: share of units kept in each round, such as [0.4,0.3,0.2,0.1] (empty: fraction in all)."""
+    near_duplicates: float = bounded(0.0, minimum=0, maximum=1)
+    """Of units that share at least this part of their token 5-grams (Jaccard similarity, estimated by MinHash) only the
+    best-scored can be kept, and the next best fill up (0: off)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the policies (selection/policies/), those not chosen among them: selection.fraction and others."""

@@ -16,5 +16,7 @@ RoundStage = Literal[
 Stage = Literal["warmup", RoundStage]
 """What ``--stage`` takes: all of the warm-up, or one stage of a round."""
 ROUND_STAGES: tuple[str, ...] = get_args(RoundStage)
+SELECTION_STAGES = ROUND_STAGES[: ROUND_STAGES.index("pretrain")]
+"""What a round does before its target trains: an arm's selection."""
 WARMUP_STAGES = ("target", "decay_branch", "proxy", "evaluate")
 """Stages of the warm-up, which all arms share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_bliss.config.data import DataConfig
 
@@ -44,6 +45,19 @@ def check_blend(data: DataConfig) -> None:
             f"found data.blend_weights {weights} for {len(data.blend_prefixes)} data.blend_prefixes, expected one for "
             "each, with a sum below 1 that leaves the rest of the sequences to the selection"
         )
+
+
+def check_set_names(data: DataConfig) -> None:
+    """ValueError for two held-out sets of one name: results would hold only one of them."""
+    first: dict[str, str] = {}
+    for prefix in [*data.test_prefixes, *data.other_prefixes]:
+        name = Path(prefix).name
+        if name in first:
+            raise ValueError(
+                f"found {first[name]!r} and {prefix!r} in data.test_prefixes and data.other_prefixes, expected a last "
+                "part of its own for each, which names the set in results: name or link one of them otherwise"
+            )
+        first[name] = prefix
 
 
 def check_sets(data: DataConfig) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 from megatron_bliss.base.platform import choose_dtype
 from megatron_bliss.bilevel.memory import trunk_count
 from megatron_bliss.config.config import Config
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.indexed import IndexedCorpus, chosen
 from megatron_bliss.data.manifest import manifest_path, read_manifest
 from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.run.corpora import deal_units
-from megatron_bliss.run.order import round_stages
-from megatron_bliss.selection.select import kept_share, repetition_warnings
+from megatron_bliss.run.order import round_stages, selection_of
+from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
 
@@ -65,7 +66,7 @@ def plan_vocabulary(config: Config, given: int | None) -> tuple[int, str]:
 
 def plan_corpus(config: Config, corpus_tokens: int | None) -> Corpus:
     """The corpus dealt to shards as the run will deal it; where it is not there, one of ``corpus_tokens`` tokens, or
-    one from which every selection is trained on once.
+    one from which every selection is trained on once (with a schedule of fractions: the smallest one).
 
     Dealing a corpus that is there takes as long as the run's first stage: a shard's tokens are counted, not guessed.
     """
@@ -78,7 +79,8 @@ def plan_corpus(config: Config, corpus_tokens: int | None) -> Corpus:
     share = parse_split(config.data.split)[0]
     if corpus_tokens is None:
         shard = int(round_tokens(config) / _assumed_share(config))
-        why = "assumed, such that every selection is trained on once"
+        which = "the smallest" if config.selection.fraction_schedule else "every"
+        why = f"assumed, such that {which} selection is trained on once"
     else:
         if corpus_tokens < shards:
             raise ValueError(
@@ -104,7 +106,8 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
     """
     needed, rounds, warnings = round_tokens(config), [], []
     for number in range(1, config.rounds + 1):
-        offered = _selected_tokens(config, corpus.tokens[number], needed)
+        selection = in_round(config.selection, number)
+        offered = _selected_tokens(selection, corpus.tokens[number], needed)
         rounds.append(
             {
                 "round": number,
@@ -116,7 +119,7 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
             }
         )
         if offered:
-            warnings += repetition_warnings(needed, offered, config.selection)
+            warnings += repetition_warnings(needed, offered, selection)
     training = config.pretraining
     warmup = training.warmup_iters * training.global_batch_size * config.data.seq_length
     return {
@@ -135,14 +138,19 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
 
 
 def _assumed_share(config: Config) -> float:
-    """Share of a shard of any size that a selection keeps, as far as it can be told."""
-    needed = round_tokens(config)
-    return kept_share(config.selection, needed / ASSUMED_SHARE, needed) or ASSUMED_SHARE
+    """Share of a shard of any size that the smallest selection keeps, as far as it can be told."""
+    needed, selections = round_tokens(config), _selections(config)
+    return min(kept_share(one, needed / ASSUMED_SHARE, needed) or ASSUMED_SHARE for one in selections)
 
 
-def _selected_tokens(config: Config, shard_tokens: int, needed: int) -> int | None:
+def _selections(config: Config) -> list[SelectionConfig]:
+    """What the selection of each round goes by."""
+    return [in_round(config.selection, number) for number in range(1, config.rounds + 1)]
+
+
+def _selected_tokens(selection: SelectionConfig, shard_tokens: int, needed: int) -> int | None:
     """About what a selection holds; None where the scores decide."""
-    share = kept_share(config.selection, shard_tokens, needed)
+    share = kept_share(selection, shard_tokens, needed)
     return None if share is None else max(1, round(share * shard_tokens))
 
 
@@ -154,8 +162,7 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
     arms, selecting = config.arms, corpus.units[1:]
     bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
-    shares = [kept_share(config.selection, tokens, round_tokens(config)) or 1.0 for tokens in corpus.tokens[1:]]
-    selected = sum(units * share for units, share in zip(selecting, shares, strict=True))
+    selected = [_selected_units(config, arm, corpus) for arm in arms]
     proxies, scores = parameter_count(proxy), trunk_count(proxy) + proxy.hidden_size + 1
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
@@ -164,9 +171,18 @@ def disk_plan(config: Config, corpus: Corpus, target: Architecture, proxy: Archi
         "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
-        "subsets": int(VIEW_BYTES * selected) * len(arms),
+        "subsets": sum(int(VIEW_BYTES * units) for units in selected),
     }
     return {"parts": parts, "total": sum(parts.values()), "checkpoint": checkpoint, "checkpoints": count}
+
+
+def _selected_units(config: Config, arm: str, corpus: Corpus) -> float:
+    """About how many units an arm selects in all rounds; where the scores decide, at most all of them."""
+    needed, total = round_tokens(config), 0.0
+    for number in range(1, config.rounds + 1):
+        share = kept_share(selection_of(config, arm, number), corpus.tokens[number], needed)
+        total += corpus.units[number] * (share or 1.0)
+    return total
 
 
 def checkpoint_bytes(config: Config, target: Architecture) -> int:

@@ -182,7 +182,7 @@ class _Sizing:
     def arms(self) -> list[Memory]:
         """What the score stages of arms take beside a score model's pass."""
         config, count = self.config, self.weights // self.element_size
-        sizes = Sizes(self.seq_length, config.target, self.target, self.proxy, count)
+        sizes = Sizes(self.seq_length, config.target, self.target, self.proxy, count, config.scoring, self.device)
         needs = {name: ARMS[name].memory for name in config.arms}
         return [memory(config.baselines.get(name), sizes) for name, memory in needs.items() if memory is not None]
 

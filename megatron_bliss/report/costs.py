@@ -11,11 +11,14 @@ from megatron_bliss.base.text import format_bytes, format_flops, format_seconds
 from megatron_bliss.config.stages import ROUND_STAGES, WARMUP_STAGES
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
 
+KEYS = ("seconds", "peak_bytes", "flops", "evaluation_seconds", "needs")
+"""What a record takes from ``done.json``; evaluation_seconds: the part of seconds in which a target was measured;
+needs: folders of the stages that it required."""
 STAGE_ORDER = ("warmup", *(f"warmup {name}" for name in WARMUP_STAGES), *ROUND_STAGES)
 
 
 def read_stages(run_folder: Path | str) -> list[dict]:
-    """Return one record {arm, round, stage, seconds, peak_bytes, flops} per finished stage, from each ``done.json``.
+    """Return one record {arm, round, stage} with its :data:`KEYS` per finished stage, from each ``done.json``.
 
     The warm-up (``warmup/done.json`` or ``warmup/NAME/done.json``) has arm "shared" and round 0. Numbers that a stage
     did not note are None.
@@ -35,7 +38,7 @@ def read_stages(run_folder: Path | str) -> list[dict]:
 
 def _read_cost(path: Path) -> dict:
     done = read_json(path)
-    return {key: done.get(key) for key in ("seconds", "peak_bytes", "flops")}
+    return {key: done.get(key) for key in KEYS}
 
 
 def stage_key(record: Mapping) -> tuple:

@@ -13,6 +13,7 @@ from megatron_bliss.base.files import atomic_file
 from megatron_bliss.base.text import format_flops, format_loss, format_seconds
 from megatron_bliss.report.chosen import sample_section, score_section, share_section
 from megatron_bliss.report.costs import stage_key, total_cost
+from megatron_bliss.report.gain_section import alarm, gain_section
 from megatron_bliss.report.losses import loss_section
 from megatron_bliss.report.parts import escape, section, table
 from megatron_bliss.report.run_data import RunData, read_run
@@ -41,8 +42,8 @@ def build_report(run_folder: Path | str) -> str:
         raise ValueError(f"found no folder {folder}, expected a run folder; change the path")
     run = read_run(folder)
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    sections = (_head, _missing, loss_section, task_section, pretraining_section, bilevel_section, score_section,
-                share_section, sample_section, _stage_section, _config_section)  # fmt: skip
+    sections = (_head, alarm, _missing, loss_section, gain_section, task_section, pretraining_section, bilevel_section,
+                score_section, share_section, sample_section, _stage_section, _config_section)  # fmt: skip
     body = "\n".join(write(run) for write in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from megatron_bliss.report.plots import color_variable
+
+
+class Marked(NamedTuple):
+    """Text of a table's cell that a class of the page's style sets off."""
+
+    text: str
+    kind: str
 
 
 def escape(text: object) -> str:
@@ -45,13 +53,16 @@ def pairs(figures: Iterable[str]) -> str:
     return f'<div class="pair">{"".join(shown)}</div>' if shown else ""
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, total: bool = False) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str | Marked]], left: int = 1, total: bool = False) -> str:
     """A table of escaped text: ``left`` columns flush left, then numbers; ``total`` sets off the last row."""
     rows = list(rows)
 
-    def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
-        classes = ['class="label"' if column < left else 'class="number"' for column in range(len(cells))]
-        content = "".join(f"<{tag} {c}>{escape(text)}</{tag}>" for c, text in zip(classes, cells, strict=True))
+    def line(cells: Sequence[str | Marked], tag: str, kind: str = "") -> str:
+        content = ""
+        for column, cell in enumerate(cells):
+            text, mark = cell if isinstance(cell, Marked) else (cell, "")
+            style = f"{'label' if column < left else 'number'} {mark}".strip()
+            content += f'<{tag} class="{style}">{escape(text)}</{tag}>'
         return f"<tr{kind}>{content}</tr>"
 
     body = [line(row, "td", ' class="total"' if total and row is rows[-1] else "") for row in rows]

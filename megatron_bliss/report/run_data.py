@@ -177,7 +177,10 @@ def _read_summary(path: Path) -> dict:
             raise ValueError("found a curve whose points are not [tokens, loss]")
         if not all(len(point) == 3 for curve in arm.get("tasks", {}).values() for point in curve):
             raise ValueError("found a curve of a task whose points are not [tokens, value, standard error]")
-    return {"speedups": {}, "domains_by_field": {}, "task_speedups": {}, "task_facts": {}, **summary}
+        if not all(len(point) == 2 for curve in arm.get("cost", {}).values() for point in curve):
+            raise ValueError("found a curve of costs whose points are not [tokens, cost]")
+    tables = ("speedups", "domains_by_field", "task_speedups", "task_facts", "sets", "gains", "equal_compute")
+    return {name: {} for name in tables} | {"warnings": [], "loss_margin": 0.0} | summary
 
 
 def _read_samples(path: Path) -> dict:

@@ -13,7 +13,9 @@ from importlib import metadata
 
 import orjson
 
+from megatron_bliss.report.arm_costs import cost_curves, equal_compute
 from megatron_bliss.report.curves import finite_points, speedup
+from megatron_bliss.report.gains import HeldOut, gains, loss_warnings
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
 from megatron_bliss.report.task_summary import Measured, perplexity_curves, task_curves, task_facts, task_speedup
 
@@ -26,6 +28,7 @@ def build_summary(
     stages: Sequence[Mapping],
     domains_by_field: Mapping[str, Mapping],
     task_results: Measured | None = None,
+    held_out: HeldOut | None = None,
     seed: int,
     config_text: str,
     versions: Mapping[str, str] | None = None,
@@ -34,24 +37,35 @@ def build_summary(
 
     evaluations: per arm the measurements of its target in order, each {"iteration": int, "tokens": int, "losses":
         {test set: loss}}; the shared warm-up's stand at the start of every arm. The first test set is the headline.
+        Where they have a "round" (0: the warm-up), the arm has a ``cost``.
     stages: records as :func:`read_stages` returns them.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
     task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks`` and ``perplexities``.
+    held_out: which of the test sets are of the guide's kind, and by how much an arm may be worse than the control.
     """
-    task_results = task_results or {}
-    arms = {arm: _arm_summary(measured) for arm, measured in evaluations.items()}
+    task_results, held_out = task_results or {}, held_out or HeldOut()
+    arms = {
+        arm: _arm_summary(measured) | {"cost": cost_curves(measured, stages, arm)}
+        for arm, measured in evaluations.items()
+    }
     for arm, measured in task_results.items():
         arms[arm] |= {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
     losses = {arm: content["losses"] for arm, content in arms.items()}
     test_sets = list(losses.get(CONTROL, {}))
     speedups = {name: speedup(losses[CONTROL][name], losses.get(CHOSEN, {}).get(name, [])) for name in test_sets}
+    gained = gains(arms)
     first_field = next(iter(domains_by_field.values()), {"pool": {}, "selected": {}})
     selected = first_field["selected"]
     summary = {
         "arms": arms,
         "speedup": speedups[test_sets[0]] if test_sets else None,
         "speedups": speedups,
+        "sets": held_out.sets(list(dict.fromkeys(name for curves in losses.values() for name in curves))),
+        "gains": gained,
+        "loss_margin": held_out.loss_margin,
+        "warnings": loss_warnings(gained, held_out.loss_margin),
+        "equal_compute": equal_compute(arms),
         "task_speedup": task_speedup(arms, CHOSEN, CONTROL),
         "task_speedups": {arm: task_speedup(arms, CHOSEN, arm) for arm in task_results if arm != CHOSEN},
         "task_facts": task_facts(task_results),

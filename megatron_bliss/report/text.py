@@ -8,6 +8,8 @@ from megatron_bliss.base.text import align, format_loss
 from megatron_bliss.evaluation.results import Cell, columns
 from megatron_bliss.report.costs import stage_key, total_cost
 from megatron_bliss.report.curves import finite_points, loss_at
+from megatron_bliss.report.gain_table import MEASURES, gain_rows
+from megatron_bliss.report.savings import savings_sentences
 from megatron_bliss.report.speedups import CHOSEN, CONTROL, other_speedups, speedup_sentence
 from megatron_bliss.report.summary import by_lift, final_losses, lift
 from megatron_bliss.report.task_summary import task_rows, task_speedup_sentence
@@ -18,9 +20,11 @@ def format_table(summary: Mapping, *, loss_rows: int = 6, label_rows: int = 16) 
 
     loss_rows, label_rows: most rows of the table of losses and of each table of shares (the extremes are kept).
     """
-    blocks = [_loss_block(summary, loss_rows), _final_block(summary), _speedup_block(summary), _task_block(summary)]
+    blocks = [_loss_block(summary, loss_rows), _final_block(summary), _speedup_block(summary), _gain_block(summary)]
+    blocks += [_task_block(summary)]
     blocks += [_shares_block(field, content, label_rows) for field, content in summary["domains_by_field"].items()]
-    return "\n\n".join(block for block in [*blocks, _stage_block(summary["stages"])] if block)
+    blocks += [_stage_block(summary["stages"]), "\n".join(f"warning: {text}" for text in summary["warnings"])]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _difference(first: float | None, second: float | None) -> str:
@@ -70,6 +74,17 @@ def _final_block(summary: Mapping) -> str:
 
 def _speedup_block(summary: Mapping) -> str:
     return "\n  ".join([f"Speed-up ({_first_test_set(summary)})", speedup_sentence(summary), *other_speedups(summary)])
+
+
+def _gain_block(summary: Mapping) -> str:
+    """Gain and loss of every arm on every set, and what selection cost, as far as they are known."""
+    rows = gain_rows(summary)
+    lines = [[name, kind, arm, *(cell.text for cell in cells)] for name, kind, arm, cells in rows]
+    title = f"Loss, and gain over {CONTROL}, of every arm on every set"
+    table = align(title, ["set", "kind", "arm", *MEASURES.values()], lines, left=3) if rows else ""
+    sentences = savings_sentences(summary)
+    costs = "\n  ".join(["Cost of selection", *sentences]) if sentences else ""
+    return "\n\n".join(block for block in (table, costs) if block)
 
 
 def _task_block(summary: Mapping) -> str:

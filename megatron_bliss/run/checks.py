@@ -13,12 +13,13 @@ from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
-from megatron_bliss.data.splits import check_blend, check_sets
+from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import round_stages
-from megatron_bliss.selection.select import check_selection, domain_field
+from megatron_bliss.selection.near_duplicates import check_library
+from megatron_bliss.selection.select import check_schedule, check_selection, domain_field
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -43,9 +44,11 @@ def check_options(config: Config) -> None:
     """Refuse what cannot work whatever lies on this machine's disk."""
     check_bounds(config)
     check_selection(config.selection)
+    check_schedule(config.selection, config.rounds)
     _check_run(config)
     _check_sections(config)
     check_blend(config.data)
+    check_set_names(config.data)
 
 
 def not_ready(config: Config) -> list[str]:
@@ -143,18 +146,22 @@ def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
 
 
 def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
-    """One check per thing that has to lie on the disk, which raises ValueError where it does not."""
+    """One check per thing that has to lie on this machine's disk, which raises ValueError where it does not."""
     data = config.data
     yield partial(check_sets, data)
     prefixes = {"data.train_prefix": data.train_prefix}
     if data.validation_prefix:
         prefixes["data.validation_prefix"] = data.validation_prefix
-    prefixes |= {f"data.test_prefixes[{i}]": prefix for i, prefix in enumerate(data.test_prefixes)}
-    prefixes |= {f"data.blend_prefixes[{i}]": prefix for i, prefix in enumerate(data.blend_prefixes)}
+    for option in ("test_prefixes", "other_prefixes", "blend_prefixes"):
+        prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():
         yield partial(_check_prefix, name, prefix, data.train_prefix)
+    for arm in config.arms:
+        yield partial(ARMS[arm].check, config.baselines.get(arm), data.train_prefix)
     if data.shard_by == "file":
         yield partial(require_field, data.train_prefix, "file")
+    if config.selection.near_duplicates:
+        yield check_library
     if (column := domain_field(config.selection)) is not None:
         yield partial(require_field, data.train_prefix, column)
     if config.evaluation.tasks:

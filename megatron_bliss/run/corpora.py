@@ -72,9 +72,14 @@ def guide_prefix(session: Session) -> str:
     return session.config.data.validation_prefix or _part(session, "validation")
 
 
-def held_out_prefixes(session: Session) -> list[str]:
-    """Sets on which every arm is measured: those given, or the corpus's own part."""
+def test_prefixes(session: Session) -> list[str]:
+    """Held-out sets of the guide's kind: those given, or the corpus's own part."""
     return session.config.data.test_prefixes or [_part(session, "test")]
+
+
+def held_out_prefixes(session: Session) -> list[str]:
+    """Sets on which every arm is measured: of the guide's kind, then those that the guide does not speak for."""
+    return [*test_prefixes(session), *session.config.data.other_prefixes]
 
 
 def _part(session: Session, name: str) -> str:

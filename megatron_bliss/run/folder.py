@@ -49,6 +49,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, groups: Groups) -> None:
         self.path, self.groups = Path(path), groups
+        self._needed: dict[str, None] = {}
 
     def open(self, config: Config) -> None:
         """Write ``config.yaml`` in a new folder; in an old one, refuse options that would make it another run."""
@@ -75,12 +76,14 @@ class RunFolder:
                 f"found no {folder / 'done.json'}, expected that stage to be finished before {needed_by}: run it first "
                 "(without --stage everything that is missing is run in order)"
             )
+        self._needed[folder.relative_to(self.path).as_posix()] = None
         return record
 
     def run_stage(self, folder: Path, work: Callable[[Path], dict]) -> None:
-        """Run ``work(folder)`` unless it is finished; its result, with seconds and peak bytes, becomes ``done.json``.
+        """Run ``work(folder)`` unless it is finished; its result becomes ``done.json``.
 
-        Seconds are this attempt's: those of attempts that were killed were measured by nobody.
+        Beside it stand seconds, peak bytes, and the folders of the stages that it required (``needs``). Seconds are
+        this attempt's: those of attempts that were killed were measured by nobody.
         """
         if (folder / "done.json").is_file():
             return
@@ -88,12 +91,14 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         barrier(self.groups)
         reset_peak_memory()
+        self._needed.clear()
         start = time.monotonic()
         result = work(folder)
         seconds = round(time.monotonic() - start, 3)
         peak = int(max_over_ranks(peak_memory_bytes(), self.groups))
         if self.groups.is_main:
-            write_json(folder / "done.json", {**result, "seconds": seconds, "peak_bytes": peak})
+            cost = {"seconds": seconds, "peak_bytes": peak, "needs": list(self._needed)}
+            write_json(folder / "done.json", {**result, **cost})
         barrier(self.groups)
 
     def _open(self, config: Config) -> None:

@@ -1,13 +1,22 @@
-"""Which stages a round has."""
+"""What differs between the rounds of arms: which stages they have, and how units are selected."""
 
 from __future__ import annotations
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.stages import ROUND_STAGES
+from megatron_bliss.selection.select import in_round
 
 OWN_STAGES = ROUND_STAGES[: ROUND_STAGES.index("score")]
 """Stages that only the arms have that ask for them."""
+
+
+def selection_of(config: Config, arm: str, number: int) -> SelectionConfig:
+    """How an arm's units are selected in a round: by the run's policy, or as a fraction that is all of them."""
+    if ARMS[arm].keeps_all:
+        return SelectionConfig(epoch_warning=config.selection.epoch_warning, settings={"fraction": 1.0})
+    return in_round(config.selection, number)
 
 
 def round_stages(config: Config, arm: str) -> list[str]:

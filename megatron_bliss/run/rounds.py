@@ -18,6 +18,7 @@ from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups, barrier
 from megatron_bliss.config.config import Config
 from megatron_bliss.report.costs import read_stages
+from megatron_bliss.report.gains import HeldOut
 from megatron_bliss.report.page import write_report
 from megatron_bliss.report.summary import build_summary
 from megatron_bliss.report.text import format_table
@@ -92,11 +93,18 @@ def summarise(session: Session) -> dict:
         stages=read_stages(path),
         domains_by_field=_domains(session),
         task_results=_task_results(session),
+        held_out=_held_out(session),
         seed=session.config.seed,
         config_text=(path / "config.yaml").read_text(encoding="utf-8"),
     )
     write_json(path / "summary.json", summary)
     return summary
+
+
+def _held_out(session: Session) -> HeldOut:
+    guide, other = run_corpora.test_prefixes(session), session.config.data.other_prefixes
+    names = [[Path(prefix).name for prefix in prefixes] for prefixes in (guide, other)]
+    return HeldOut(*names, loss_margin=session.config.logging.loss_margin)
 
 
 def _evaluations(session: Session) -> dict[str, list[dict]]:
@@ -106,11 +114,11 @@ def _evaluations(session: Session) -> dict[str, list[dict]]:
     """
     curves = {}
     for arm in session.config.arms:
-        points = list(_segment_evaluations(warmup(session)))
-        for this in _rounds(session, arm):
-            points += _segment_evaluations(this)
-            record = this.record("evaluate")
-            points += [record["evaluation"]] if record else []
+        points = []
+        for this in (warmup(session), *_rounds(session, arm)):
+            record = this.record("evaluate") if this.number else None
+            measured = [*_segment_evaluations(this), *([record["evaluation"]] if record else [])]
+            points += [{**point, "round": this.number} for point in measured]
         newest = {point["iteration"]: point for point in points}
         curves[arm] = [newest[iteration] for iteration in sorted(newest)]
     return curves

@@ -32,10 +32,11 @@ from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.order import selection_of
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, repetition_warnings
+from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -130,6 +131,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
     return Inputs(
         source=source,
         reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
+        train_prefix=config.data.train_prefix,
         eod=int(read_manifest(config.data.train_prefix)["tokenizer"]["eod"]),
         seed=this.seed("score"),
         folder=parts,
@@ -141,10 +143,18 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
         load_moments=lambda target: load_moments(checkpoint_path(), target, groups),
         target_architecture=session.target_architecture,
         target_optimizer=config.pretraining.optimizer,
+        load_proxy=lambda: _warm_proxy(session),
         load_score_model=lambda: _trained_score_model(this),
         new_score_model=lambda: _new_regressor(this),
         train=train,
     )
+
+
+def _warm_proxy(session: Session) -> tuple[LanguageModel, dict]:
+    """The proxy as its warm-up left it, in the precision of scoring, and what it is."""
+    folder, dtype = warmup(session).folder("proxy"), session.config.scoring.params_dtype
+    model = _saved_proxy(session, folder, "score")
+    return model.to(DTYPES[dtype]), {"model_digest": sha256_file(folder / FINAL_STATE), "params_dtype": dtype}
 
 
 def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:
@@ -172,7 +182,7 @@ def _new_regressor(this: Round) -> ScoreModel:
 def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     session, config, selected = this.session, this.session.config, ""
-    prefix = shard_prefix(session, this.number)
+    prefix, selection = shard_prefix(session, this.number), selection_of(config, this.arm, this.number)
     round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
     score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
@@ -181,13 +191,17 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            ids, policy, label = apply_policy(prefix, scores, config.selection, seed=seed, round_tokens=round_tokens)
+            ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=round_tokens)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
         return {}
-    counts = read_manifest(selected)["counts"]
-    warnings = repetition_warnings(round_tokens, counts["tokens"], config.selection)
+    manifest = read_manifest(selected)
+    counts = manifest["counts"]
+    for line in selection_lines(manifest["policy"]):
+        print(f"{this.arm}, round {this.number}: {line}", file=sys.stderr, flush=True)
+    keeps_all = ARMS[this.arm].keeps_all
+    warnings = repetition_warnings(round_tokens, counts["tokens"], selection, keeps_all=keeps_all)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {

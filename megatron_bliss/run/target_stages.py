@@ -42,6 +42,7 @@ def _train_target(this: Round, folder: Path, start: Path | None) -> dict:
         "evaluations": [point._asdict() for point in result.evaluations],
         "checkpoint": result.checkpoint.name,
         "flops": result.flops,
+        "evaluation_seconds": round(result.evaluation_seconds, 3),
         "skipped_iterations": result.skipped,
         "kernels": result.kernels,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_bliss.config.bounds import bounded, check_bounds
 
@@ -32,3 +33,10 @@ def fraction_count(settings: FractionSettings, count: int) -> int:
     """How many of ``count`` units are kept: at least one."""
     check_bounds(settings, "selection")
     return max(1, round(settings.fraction * count))
+
+
+def as_many_of(settings: Any, before: int, left: int) -> Any:
+    """Settings that keep as many of ``left`` units as ``settings`` of ``before``; those without a fraction stay."""
+    if not isinstance(settings, FractionSettings):
+        return settings
+    return replace(settings, fraction=min(1.0, fraction_count(settings, before) / left))

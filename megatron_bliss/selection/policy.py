@@ -25,7 +25,8 @@ class Policy:
     """What it keeps, in a few words."""
     settings: type
     """Frozen dataclass with a default and a line of help per field; each field is an option ``selection.FIELD``. A
-    field that another policy has, too, has the same meaning, type, default and help there."""
+    field that another policy has, too, has the same meaning, type, default and help there. A policy that keeps a share
+    inherits :class:`FractionSettings`: so it takes a schedule, and its count holds when near-duplicates go."""
     keep: Callable[..., np.ndarray]
     """``keep(scores, settings, *, seed, **needs)``: numbers of the kept units, int64[k] increasing, of float[n] scores.
 
@@ -48,3 +49,7 @@ class Policy:
     """``share(settings, tokens)``: about what part of so many tokens is kept, for plans; None: the scores decide."""
     lowest_score_as: str = "lowest_score_kept"
     """Name of the lowest score kept in the manifest."""
+    measure: Callable[[np.ndarray, Any], dict[str, float]] = lambda scores, settings: {}
+    """``measure(scores, settings)``: more numbers for the manifest, of the scores that ``keep`` was given."""
+    describe: Callable[[dict], str | None] = lambda record: None
+    """``describe(record)``: a line for the user on what the manifest says of a selection; None: no line."""

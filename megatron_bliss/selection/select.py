@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import merged_settings, pick
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.provenance import provenance_codes
+from megatron_bliss.selection.fraction import as_many_of
+from megatron_bliss.selection.near_duplicates import without_near_duplicates
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.policy import Domains
 
@@ -37,6 +39,14 @@ class Units:
         return Domains(codes if self._kept is None else codes[self._kept], names)
 
 
+def in_round(selection: SelectionConfig, number: int) -> SelectionConfig:
+    """The selection of a run's round ``number``, counted from 1: with the schedule's fraction, where there is one."""
+    if not selection.fraction_schedule:
+        return selection
+    fraction = selection.fraction_schedule[number - 1]
+    return replace(selection, settings=selection.settings | {"fraction": fraction})
+
+
 def chosen_settings(selection: SelectionConfig, round_tokens: int | None = None) -> Any:
     """The settings of the chosen policy, for a target that trains on ``round_tokens`` in one round (None: no run)."""
     policy = POLICIES[selection.policy]
@@ -57,22 +67,42 @@ def apply_policy(
 
     scores: float[n], one per unit. excluded: unit numbers that are taken out first; a fraction is then one of the rest.
     round_tokens: those that the target trains on in one round, in a run. The policy's record for the manifest has its
-    settings, the seed and the lowest score kept. Raises ValueError when nothing is kept.
+    settings, the seed and the lowest score kept. Near-duplicates of better units are taken out before the policy sees
+    the scores, so that it need not know of them, but a fraction stays one of all units. Raises ValueError when nothing
+    is kept.
     """
     remaining = None if excluded is None else _without(excluded, len(scores), prefix)
     if remaining is not None:
         scores = scores[remaining]
     policy, settings = POLICIES[selection.policy], chosen_settings(selection, round_tokens)
+    applied, found = settings, {}
+    if selection.near_duplicates:
+        before = len(scores)
+        ids = np.arange(before) if remaining is None else remaining
+        stays = without_near_duplicates(IndexedCorpus(prefix), ids, scores, selection.near_duplicates, seed=seed)
+        remaining, scores = ids[stays], scores[stays]
+        applied = as_many_of(settings, before, len(scores))
+        found = {"near_duplicates": selection.near_duplicates, "near_duplicates_left_out": before - len(scores)}
     units = Units(prefix, domain_field(selection), remaining)
-    ids = policy.keep(scores, settings, seed=seed, **{need: getattr(units, need) for need in policy.needs})
+    ids = policy.keep(scores, applied, seed=seed, **{need: getattr(units, need) for need in policy.needs})
     if not len(ids):
         raise ValueError(
             f"policy {selection.policy} keeps no unit of {prefix}, whose scores go from {scores.min():g} to "
-            f"{scores.max():g}, expected at least one: {policy.to_keep_more}"
+            f"{scores.max():g}, expected at least one: {_to_keep_more(selection)}"
         )
     lowest = {policy.lowest_score_as: float(scores[ids].min())}
-    record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest}
-    return (ids if remaining is None else remaining[ids]), record, policy.label(settings).replace(".", "p")
+    record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest, **policy.measure(scores, settings)}
+    return (ids if remaining is None else remaining[ids]), record | found, policy.label(settings).replace(".", "p")
+
+
+def selection_lines(record: dict) -> list[str]:
+    """Lines for the user on a selection, or on each part of a combined one; record: the policy in the manifest."""
+    lines = []
+    for part in record.get("parts", [record]):
+        lines.append(POLICIES[part["name"]].describe(part))
+        if "near_duplicates" in part:
+            lines.append(f"left out: {part['near_duplicates_left_out']:,} near-duplicates of units with a better score")
+    return [line for line in lines if line is not None]
 
 
 def domain_field(selection: SelectionConfig) -> str | None:
@@ -101,19 +131,44 @@ def check_selection(selection: SelectionConfig) -> None:
         policy.check(settings, name == selection.policy)
 
 
-def repetition_warnings(train_tokens: int, selected_tokens: int, selection: SelectionConfig) -> list[str]:
+def check_schedule(selection: SelectionConfig, rounds: int) -> None:
+    """Refuse a schedule that has not one fraction a round, or that the policy would not look at."""
+    schedule = selection.fraction_schedule
+    if schedule and len(schedule) != rounds:
+        raise ValueError(
+            f"found selection.fraction_schedule {schedule} for {rounds} rounds, expected one fraction for each: change "
+            "it, or rounds"
+        )
+    if schedule and not hasattr(chosen_settings(selection), "fraction"):
+        raise ValueError(
+            f"found selection.fraction_schedule {schedule} with selection.policy {selection.policy}, expected a policy "
+            "that keeps a fraction: change one of them"
+        )
+
+
+def repetition_warnings(
+    train_tokens: int, selected_tokens: int, selection: SelectionConfig, *, keeps_all: bool = False
+) -> list[str]:
     """A line for the user when training repeats a selection more often than ``selection.epoch_warning``; [] otherwise.
 
-    Repeating data up to about four times costs little, after that it is worth less and less (arXiv 2305.16264).
+    keeps_all: there is nothing more to keep. Repeating data up to about four times costs little, after that it is worth
+    less and less (arXiv 2305.16264).
     """
     epochs = train_tokens / selected_tokens
     if epochs <= selection.epoch_warning:
         return []
+    more = "" if keeps_all else f"{_to_keep_more(selection)}, "
     return [
         f"the target will train on {train_tokens:,} tokens of a selection that has {selected_tokens:,}: {epochs:.1f} "
         f"epochs, more than selection.epoch_warning={selection.epoch_warning:g}; "
-        f"{POLICIES[selection.policy].to_keep_more}, lower pretraining.train_iters, or prepare more data"
+        f"{more}lower pretraining.train_iters, or prepare more data"
     ]
+
+
+def _to_keep_more(selection: SelectionConfig) -> str:
+    """What to change for more units, as messages say it."""
+    text = POLICIES[selection.policy].to_keep_more
+    return text.replace("selection.fraction", "selection.fraction_schedule") if selection.fraction_schedule else text
 
 
 def _without(excluded: np.ndarray, count: int, prefix: str | os.PathLike) -> np.ndarray:

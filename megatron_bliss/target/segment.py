@@ -105,6 +105,8 @@ class SegmentResult:
     """Iterations that left the weights alone."""
     kernels: str
     """Layers, attention and optimizer that were in use."""
+    evaluation_seconds: float
+    """Of this attempt: what measuring took, which is no part of training."""
 
 
 def train_segment(
@@ -175,6 +177,7 @@ class _Loop:
         self.groups, self.config, self.folder = trainer.groups, trainer.config, recording.folder
         self.iteration = segment.first_iteration
         self.evaluations: list[Evaluation] = []
+        self.evaluation_seconds = 0.0
         self.health = TrainingHealth(trainer.config)
         self.pending: Save | None = None
 
@@ -259,6 +262,7 @@ class _Loop:
             checkpoint=checkpoint.step_folder(self.folder, self.segment.last_iteration),
             skipped=self.health.skipped,
             kernels=self.trainer.describe(),
+            evaluation_seconds=self.evaluation_seconds,
         )
 
     def run(self) -> None:
@@ -323,6 +327,8 @@ class _Loop:
             self.log.write(self.done, values)
 
     def _evaluate(self) -> None:
+        began = time.perf_counter()
         losses = self.recording.evaluate(self.trainer.target)
+        self.evaluation_seconds += time.perf_counter() - began
         self.evaluations.append(Evaluation(self.iteration, self.iteration * self.log.workload.tokens, losses))
         self.log.write(self.done, {f"evaluation/{name}": loss for name, loss in losses.items()})

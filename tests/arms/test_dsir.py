@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,59 +14,27 @@ import torch.distributed as dist
 
 from megatron_bliss.arms import ARMS, ngrams
 from megatron_bliss.arms.dsir import DsirConfig
-from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.selection import score_pass
+from tests.arms.shards import EOD, LENGTH, VOCABULARY, make_inputs, scored, write
 from tests.distributed import run_distributed
 from tests.targets import grouped, layout
 
-EOD, VOCABULARY, LENGTH = 0, 40, 12
+BUCKETS = 20_000
 OPTIONS = DsirConfig(buckets=2**31, max_ngram=3, noise=0.0)  # so many buckets that no two n-grams share one
-
-
-def write(path: Path, count: int, seed: int, most: int = VOCABULARY) -> UnitDataset:
-    """Units of 1 to 15 tokens below ``most``, the end of a document among them."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(1, 16, count)
-    with CorpusWriter(str(path), VOCABULARY) as writer:
-        writer.add(generator.integers(0, most, lengths.sum()), lengths)
-    return UnitDataset(str(path), LENGTH)
-
-
-def inputs(folder: Path, groups, **changes) -> Inputs:
-    """A shard of 50 units and a reference set of tokens below 10."""
-    defaults = {
-        "source": UnitDataset(str(folder / "shard"), LENGTH),
-        "reference": UnitDataset(str(folder / "reference"), LENGTH),
-        "eod": EOD,
-        "seed": 3,
-        "folder": folder / "parts",
-        "groups": groups,
-        "micro_batch_size": 4,
-        "show_progress": False,
-        "description": "round 1",
-        "load_target": None,
-        "load_moments": None,
-        "target_architecture": None,
-        "target_optimizer": None,
-        "load_score_model": None,
-        "new_score_model": None,
-        "train": None,
-    }
-    return Inputs(**defaults | changes)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A shard of 50 units and a reference set of tokens below 10."""
     write(tmp_path / "shard", 50, seed=1)
     write(tmp_path / "reference", 20, seed=2, most=10)
     return tmp_path
 
 
-def scores(folder: Path, options: DsirConfig = OPTIONS, **changes) -> np.ndarray:
-    with grouped(layout()) as groups:
-        found = ARMS["dsir"].scores(options, inputs(folder, groups, **changes))
+def scores(data: Path, options: DsirConfig = OPTIONS, **changes) -> np.ndarray:
+    found = scored("dsir", options, data, **changes)
     assert found.values.dtype == np.float32 and found.settings["buckets"] == options.buckets
     return found.values
 
@@ -93,13 +63,82 @@ class SmallBuckets(ngrams.NgramBuckets):
 
     def __init__(self, *options) -> None:
         super().__init__(*options)
-        self.wide, self.buckets = self.buckets, 20_000
+        self.wide, self.buckets = self.buckets, BUCKETS
 
     def of(self, tokens, rows, columns):
         narrow, self.buckets = self.buckets, self.wide
         found_rows, found = super().of(tokens, rows, columns)
         self.buckets = narrow
         return found_rows, np.array([self.numbers.setdefault(int(g), len(self.numbers)) for g in found], dtype=np.int64)
+
+
+def parts(folder: Path) -> tuple[list[list[tuple]], Counter, Counter]:
+    """N-grams of each unit of the shard, and all those of the reference set and of the shard."""
+    shard, reference = (UnitDataset(str(folder / name), LENGTH).corpus for name in ("shard", "reference"))
+    units = [grams_of(shard[i][:LENGTH].tolist()) for i in range(len(shard))]
+    wanted = Counter(ngram for i in range(len(reference)) for ngram in grams_of(reference[i][:LENGTH].tolist()))
+    return units, wanted, Counter(ngram for unit in units for ngram in unit)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_means_and_smoothing_by_a_naive_count(folder: Path, monkeypatch, smoothing: float) -> None:
+    monkeypatch.setattr(ngrams, "NgramBuckets", SmallBuckets)
+    units, wanted, pool = parts(folder)
+    added = {gram: smoothing * BUCKETS * count / pool.total() for gram, count in pool.items()}
+    total = wanted.total() + sum(added.values())
+    ratio = {
+        gram: np.log((wanted[gram] + added[gram]) / total + 1e-8) - np.log(count / pool.total() + 1e-8)
+        for gram, count in pool.items()
+    }
+    expected = [sum(map(ratio.get, unit)) for unit in units]
+    options = replace(OPTIONS, smoothing=smoothing)
+    np.testing.assert_allclose(scores(folder, options), expected, rtol=1e-5, atol=1e-4)
+    means = [total / max(len(unit), 1) for total, unit in zip(expected, units, strict=True)]
+    found = scores(folder, replace(options, per_token=True), folder=folder / "means")
+    np.testing.assert_allclose(found, means, rtol=1e-5, atol=1e-5)
+
+
+def test_a_unit_without_ngrams_has_a_mean_of_zero(folder: Path) -> None:
+    with CorpusWriter(str(folder / "blank"), VOCABULARY) as writer:
+        writer.add([EOD, 1, 2], [1, 2])
+    options = DsirConfig(noise=0.0, per_token=True)
+    blank, other = scores(folder, options, source=UnitDataset(str(folder / "blank"), LENGTH))
+    assert blank == 0 and np.isfinite(other) and other != 0
+
+
+def test_short_units_come_last(folder: Path) -> None:
+    lengths, options = UnitDataset(str(folder / "shard"), LENGTH).corpus.lengths, DsirConfig(buckets=500)
+    plain, found = scores(folder, options), scores(folder, replace(options, min_tokens=14))
+    long = lengths >= 14  # longer than what is read of them
+    assert np.array_equal(found[long], plain[long]) and 0 < long.sum() < 50
+    assert (found[~long] < plain[long].min()).all() and np.isfinite(found).all()
+    with pytest.raises(
+        ValueError, match="found no unit of 16 tokens or more in the shard, .*lower baselines.dsir.min_"
+    ):
+        scores(folder, replace(options, min_tokens=16))
+
+
+def test_the_published_code_gives_the_same_weights(tmp_path: Path, monkeypatch) -> None:
+    published = pytest.importorskip("data_selection", reason="pip install data-selection==1.0.3 to compare with it")
+    monkeypatch.setattr(ngrams, "NgramBuckets", SmallBuckets)
+    for name, count, seed, most in (("shard", 50, 1, VOCABULARY), ("reference", 20, 2, 10)):
+        corpus = write(tmp_path / name, count, seed, most, fewest=1).corpus
+        words = [" ".join(f"w{token}" for token in corpus[unit][:LENGTH]) for unit in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    files, many = [[str(tmp_path / f"{name}.jsonl")] for name in ("shard", "reference")], 1 << 20
+    tool = published.HashedNgramDSIR(
+        *files, str(tmp_path / "cache"), num_proc=1, num_buckets=many, min_example_length=9
+    )
+    tool.fit_importance_estimator(num_tokens_to_fit="all")
+    tool.compute_importance_weights()
+    (weights,) = (np.load(path).ravel() for path in (tmp_path / "cache" / "log_importance_weights").glob("*.npy"))
+    (counted,) = (np.load(path) for path in (tmp_path / "cache" / "perexample_metadata").glob("*.npy"))
+    options = DsirConfig(buckets=2**31, max_ngram=2, noise=0.0)
+    np.testing.assert_allclose(scores(tmp_path, options), weights, rtol=1e-5, atol=1e-4)
+    left_out = ~tool.perexample_metadata_filter(counted)
+    found = scores(tmp_path, replace(options, min_tokens=9))
+    assert 0 < left_out.sum() < 50 and (found[left_out] < weights[~left_out].min()).all()
+    np.testing.assert_allclose(found[~left_out], weights[~left_out], rtol=1e-5, atol=1e-4)
 
 
 def test_units_like_the_reference_weigh_more(folder: Path) -> None:
@@ -115,7 +154,7 @@ def of_rank(rank: int, world_size: int, folder: Path) -> np.ndarray | None:
     score_pass.BLOCK_UNITS = ngrams.BLOCK_UNITS = 8
     with grouped(layout()) as groups:
         assert dist.get_world_size(groups.world_group) == world_size
-        return ARMS["dsir"].scores(DsirConfig(buckets=500), inputs(folder, groups)).values
+        return ARMS["dsir"].scores(DsirConfig(buckets=500), make_inputs(folder, groups)).values
 
 
 def test_ranks_change_nothing(folder: Path) -> None:

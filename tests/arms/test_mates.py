@@ -248,6 +248,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
     defaults = {
         "source": UnitDataset(str(folder / "shard"), SEQ_LENGTH),
         "reference": UnitDataset(str(folder / "reference"), SEQ_LENGTH),
+        "train_prefix": "",
         "eod": 0,
         "seed": 3,
         "folder": parts,
@@ -259,6 +260,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
         "load_moments": lambda target: load_moments(checkpoint(folder, "neox"), target, groups),
         "target_architecture": NEOX,
         "target_optimizer": OptimizerConfig(),
+        "load_proxy": None,
         "load_score_model": None,
         "new_score_model": functools.partial(
             build_score_model, ScoreConfig(activation="identity"), replace(NEOX, num_layers=1), seed=7
@@ -371,6 +373,9 @@ def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Pa
     planned = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in plan["stages"]}
     for key, flops in planned.items():
         assert (0.5 if key[::2] == ("mates", "score") else 1) * flops <= stages[key]["flops"] <= flops, key
+    warmed_up = {arm for (arm, _, _), one in stages.items() if "warmup/proxy" in (one["needs"] or ())}
+    assert warmed_up == {"bliss", "mates"}  # the others' cost holds no warm-up of the proxy
+    assert summary["arms"]["dsir"]["cost"]["selection_flops"][-1][1] == 0
     for number in (1, 2):
         place = folder / "mates" / f"round_{number:02d}" / "score"
         settings = json.loads((place / "scores.json").read_text())

@@ -65,8 +65,9 @@ def test_settings_of_choices_are_options_of_their_section(options: list[str], tm
     assert config.selection.policy == "gumbel" and config.selection.epoch_warning == 4.0
     assert config.selection.settings["temperature"] == 0.5 and config.selection.settings["fraction"] == 0.4
     flat = to_dict(config)["selection"]
-    assert flat == {"policy": "gumbel", "epoch_warning": 4.0, **config.selection.settings}
-    assert flat.keys() == {"policy", "epoch_warning", *merged_settings(TABLES["selection.policy"])}
+    own = {"policy": "gumbel", "epoch_warning": 4.0, "fraction_schedule": [], "near_duplicates": 0.0}
+    assert flat == {**own, **config.selection.settings}
+    assert flat.keys() == {*own, *merged_settings(TABLES["selection.policy"])}
     whole = parse_arguments([*options, "--selection", yaml.safe_dump(flat, default_flow_style=True)])
     assert whole.selection == config.selection
 
@@ -80,7 +81,8 @@ def test_a_pretrained_checkpoint_needs_no_sizes(options: list[str], tmp_path: Pa
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_every_example_file_is_understood(path: Path, options: list[str]) -> None:
     own = [option for option in options if option.startswith(("--data", "--run"))]
-    config = parse_arguments(["--config", str(path), *own, "--evaluation.tasks=[]"])  # their data are not made yet
+    missing = ["--data.other_prefixes=[]", "--evaluation.tasks=[]"]  # their data are not made yet
+    config = parse_arguments(["--config", str(path), *own, *missing])
     assert read_config(path).data.seq_length == config.data.seq_length
     assert config.rounds >= 1 and config.data.seq_length > 0
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_bliss.config.data import DataConfig
-from megatron_bliss.data.splits import check_blend, check_sets, parse_split, split_bounds
+from megatron_bliss.data.splits import check_blend, check_set_names, check_sets, parse_split, split_bounds
 
 
 def test_parts_follow_each_other_and_cover_the_corpus() -> None:
@@ -36,3 +36,10 @@ def test_what_a_run_would_lack_is_said_at_its_start(changes: dict, message: str)
         check_sets(data)
         check_blend(data)
     check_sets(DataConfig(train_prefix="x", split="8,1,1"))
+
+
+@pytest.mark.parametrize(("tests", "others"), [(["a/x", "b/x"], []), (["a/x"], ["a/x"]), (["a/y"], ["a/x", "b/x"])])
+def test_two_held_out_sets_of_one_name_are_refused(tests: list[str], others: list[str]) -> None:
+    with pytest.raises(ValueError, match="found '[ab]/x' and '[ab]/x' in data.test_prefixes and data.other_prefixes"):
+        check_set_names(DataConfig(test_prefixes=tests, other_prefixes=others))
+    check_set_names(DataConfig(test_prefixes=["a/x", "a/y"], other_prefixes=["a/z"]))

@@ -193,12 +193,28 @@ def test_a_corpus_may_be_given_by_its_tokens() -> None:
     assert budget["selected_tokens"] == budget["needed_tokens"] and budget["tokens"] == 5 * budget["needed_tokens"]
 
 
+def test_a_schedule_of_fractions_is_planned_round_by_round() -> None:
+    fractions = [0.4, 0.3, 0.2, 0.1]
+    options = ("--selection.fraction_schedule", str(fractions))
+    given = make_plan(config("pythia_1b_c4", *options), Machine(world_size=8), corpus_tokens=50_000_000)
+    assert [one["selected_tokens"] for one in given["data"]["rounds"]] == [4_000_000, 3_000_000, 2_000_000, 1_000_000]
+    assert sum("raise selection.fraction_schedule" in warning for warning in given["warnings"]) == 4
+    same = make_plan(config("pythia_1b_c4"), Machine(world_size=8), corpus_tokens=50_000_000)
+    parts = given["disk"]["parts"]["subsets"], same["disk"]["parts"]["subsets"]
+    assert parts[0] / parts[1] == pytest.approx(sum(fractions) / 0.8, rel=1e-3)
+    assumed = plan("pythia_1b_c4", *options)
+    epochs = [one["epochs"] for one in assumed["data"]["rounds"]]
+    assert epochs == pytest.approx([0.25, 1 / 3, 0.5, 1.0], rel=1e-3)
+    assert any("the smallest selection is trained on once" in text for text in assumed["assumptions"])
+
+
 @pytest.mark.parametrize(
     "others, machine, message",
     [
         ((), {"world_size": 6, "device": "h100"}, "found pretraining.global_batch_size 512, expected a multiple of"),
         (("--target.tensor_model_parallel_size", "3"), {}, "found 8 processes, expected a multiple of 3"),
         (("--target.pipeline_model_parallel_size", "8", "--target.num_layers", "20"), {}, "target.num_layers=20"),
+        (("--selection.fraction_schedule", "[0.5]"), {}, "for 4 rounds, expected one fraction for each"),
         (("--bilevel.upper_iters", "0"), {}, "found bilevel.upper_iters 0, expected 1 or more"),
         (("--pretraining.use_distributed_optimizer", "false"), {}, "found pretraining.overlap_param_gather without"),
         (("--pretraining.optimizer.min_lr", "1"), {}, "found pretraining.optimizer.min_lr=1.0, expected at most"),

@@ -49,3 +49,4 @@ def test_errors_are_a_band_around_the_curve():
 
 def test_short_numbers_have_three_digits_and_a_unit():
     assert [short_number(x) for x in (0, 999, 1500, 2.5e6, 3e9, 0.25)] == ["0", "999", "1.5k", "2.5M", "3B", "0.25"]
+    assert [short_number(x) for x in (4e12, 2e15, 6.35e19, 1.5e21)] == ["4T", "2P", "63.5E", "1.5Z"]

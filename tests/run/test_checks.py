@@ -10,7 +10,9 @@ import pytest
 
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
-from megatron_bliss.run.checks import check, check_layout, parse_arguments
+from megatron_bliss.run.checks import check, check_layout, not_ready, parse_arguments
+from megatron_bliss.run.options import parse_options
+from megatron_bliss.selection import near_duplicates
 
 
 @pytest.mark.parametrize(
@@ -24,11 +26,14 @@ from megatron_bliss.run.checks import check, check_layout, parse_arguments
         ("--stage=select", "expected 1 to 4"),
         ("--round=1", "without --stage"),
         ("--selection.fraction=1.5", "selection.fraction"),
+        ("--selection.fraction_schedule=[0.2,0.1]", "0.1] for 4 rounds, expected one fraction for each"),
         ("--bilevel.damping=-1", "bilevel.damping"),
         ("--pretraining.train_iters=0", "pretraining.train_iters"),
         ("--pretraining.decay_branch_iters=-1", "decay_branch_iters -1, expected 0 or more"),
         ("--data.train_prefix=/nowhere/x", "PREFIX.idx"),
         ("--data.test_prefixes=[]", "at least one held-out set"),
+        ("--data.other_prefixes=[/nowhere/y]", r"data.other_prefixes\[0\] '/nowhere/y', expected a prefix"),
+        ("--logging.loss_margin=-0.1", "logging.loss_margin -0.1, expected 0 to 100"),
         ("--target.preset=null", "target.preset"),
         ("--baselines.mates.probe_units=19", "baselines.mates.probe_units 19, expected 20 or more"),
         ("--baselines.mates.regressor_iters=0", "baselines.mates.regressor_iters 0, expected 1 or more"),
@@ -59,6 +64,15 @@ def test_selection_by_domain_and_shards_by_file_need_a_provenance(options: list[
     parse_arguments([*options, *changes[0], *changes[1], "--selection.domain_field=topic"])
 
 
+def test_near_duplicates_need_their_library(options: list[str], monkeypatch) -> None:
+    parse_arguments([*options, "--selection.near_duplicates=0.8"])
+    monkeypatch.setattr(near_duplicates, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no package datasketch"):
+        parse_arguments([*options, "--selection.near_duplicates=0.8"])
+    assert len(not_ready(parse_options([*options, "--selection.near_duplicates=0.8"]))) == 1
+    parse_arguments(options)
+
+
 def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     with CorpusWriter(other, 300) as writer:
@@ -66,6 +80,13 @@ def test_sets_of_another_tokenizer_are_refused(options: list[str], tmp_path: Pat
     adopt_manifest(other, {"kind": "bytes", "sha256": "1", "vocab_size": 257, "eod": 256})
     with pytest.raises(ValueError, match="same --tokenizer-type"):
         parse_arguments([*options, f"--data.validation_prefix={other}"])
+    with pytest.raises(ValueError, match="same --tokenizer-type"):
+        parse_arguments([*options, f"--data.other_prefixes=[{other}]"])
+
+
+def test_a_set_of_the_guides_kind_is_no_other_set(options: list[str], prefix: str) -> None:
+    with pytest.raises(ValueError, match="data.test_prefixes and data.other_prefixes, expected a last part of its own"):
+        parse_arguments([*options, f"--data.other_prefixes=[{prefix}]"])
 
 
 def test_batches_that_ranks_cannot_share_are_refused(options: list[str]) -> None:

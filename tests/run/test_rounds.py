@@ -54,6 +54,8 @@ def test_everything_promised_is_written(finished: Path) -> None:
         tokens = [point[0] for point in arm["validation_loss"]]
         assert tokens == [step * 4 * 32 for step in (3, 4, 6, 9, 10, 12, 15, 16)]
         assert all(np.isfinite(point[1]) for point in arm["validation_loss"])
+        assert list(arm["losses"]) == ["held", "held_other"]
+        assert arm["losses"]["held_other"] != arm["losses"]["held"]
     warmup = {name: arm["validation_loss"][:2] for name, arm in summary["arms"].items()}
     assert warmup["bliss"] == warmup["random"]
     assert summary["domains"]["pool"].keys() == {"words", "digits"}
@@ -61,6 +63,35 @@ def test_everything_promised_is_written(finished: Path) -> None:
     assert summary["seed"] == 3 and "speedup" in summary and summary["stages"]
     assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert yaml.safe_load((finished / "config.yaml").read_text())["bilevel"]["upper_iters"] == 8
+
+
+def test_the_summary_counts_what_each_arm_cost_and_gained_on_every_set(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["sets"] == {"guide": ["held"], "other": ["held_other"]}
+    work = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in summary["stages"]}
+    bliss, random = summary["arms"]["bliss"]["cost"], summary["arms"]["random"]["cost"]
+    target = work["shared", 0, "warmup target"] + sum(work["random", number, "pretrain"] for number in (1, 2))
+    selection = work["shared", 0, "warmup proxy"]
+    selection += sum(work["bliss", number, stage] for number in (1, 2) for stage in ("bilevel", "score"))
+    assert random["flops"][-1] == [2048, target] and random["selection_flops"][-1] == [2048, 0]
+    assert bliss["flops"][-1] == [2048, pytest.approx(target + selection)] and bliss["selection_flops"][-1][1] > 0
+    assert (
+        bliss["flops"][0] == random["flops"][0] == [3 * 128, pytest.approx(work["shared", 0, "warmup target"] * 3 / 4)]
+    )
+    measured = {(one["arm"], one["round"]): one for one in summary["stages"] if one["stage"] == "pretrain"}
+    assert all(0 < one["evaluation_seconds"] < one["seconds"] for one in measured.values())
+    for arm, cost in (("bliss", bliss), ("random", random)):
+        counted = [one for one in summary["stages"] if one["arm"] in (arm, "shared") and one["stage"] != "evaluate"]
+        assert 0 < cost["selection_seconds"][-1][1] < cost["seconds"][-1][1] < sum(one["seconds"] for one in counted)
+    assert summary["equal_compute"]["flops"]["budget"] == target
+    for name, one in summary["gains"]["bliss"].items():
+        ends = {arm: content["losses"][name][-1][1] for arm, content in summary["arms"].items()}
+        assert one["gain"] == pytest.approx(ends["random"] - ends["bliss"])
+        assert summary["equal_compute"]["flops"]["losses"]["random"][name] == ends["random"]
+        lowest = min(loss for _, loss in summary["arms"]["bliss"]["losses"][name])
+        assert summary["equal_compute"]["flops"]["losses"]["bliss"][name] >= lowest
+    page = (finished / "report.html").read_text()
+    assert "Gain and loss, and what they cost" in page and "held_other, by total FLOPs" in page
 
 
 def test_a_plan_foretells_what_the_run_records(corpus: Path, finished: Path) -> None:
@@ -188,7 +219,10 @@ def test_a_killed_run_ends_with_the_same_numbers(corpus: Path, finished: Path, t
     assert result.returncode == 0, result.stderr
     expected = json.loads((finished / "summary.json").read_text())
     found = json.loads((run_folder / "summary.json").read_text())
-    assert found["arms"] == expected["arms"]
+    for summary in (found, expected):
+        for arm in summary["arms"].values():
+            del arm["cost"]["seconds"], arm["cost"]["selection_seconds"]
+    assert found["arms"] == expected["arms"] and found["gains"] == expected["gains"]
     assert found["domains"] == expected["domains"]
     for scores in sorted(finished.glob("*/round_*/score/scores.npy")):
         assert scores.read_bytes() == (run_folder / scores.relative_to(finished)).read_bytes()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +102,52 @@ def test_gumbel_between_the_top_fraction_and_a_uniform_draw():
         keep("gumbel", scores, fraction=0.2, temperature=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 0.5, 1.0, 1e9])
+def test_effective_sample_share_of_a_temperature(temperature):
+    scores = (np.random.default_rng(0).normal(size=100_000) * 3).astype(np.float32)  # more than one block
+    record = POLICIES["gumbel"]
+    measured = record.measure(scores, record.settings(temperature=temperature))
+    weights = np.exp((scores.astype(np.float64) - scores.max()) / temperature)
+    expected = weights.sum() ** 2 / (weights**2).sum() / len(scores)
+    assert measured == {"effective_sample_share": pytest.approx(expected, rel=1e-12)}
+
+
+def test_effective_sample_share_where_it_is_known_and_where_weights_overflow():
+    record = POLICIES["gumbel"]
+    for scores, temperature, share in (
+        ([2.0, 2.0, 2.0, 2.0], 1e-9, 1.0),  # all alike
+        ([5.0, 0.0, 0.0, 0.0], 1e-9, 0.25),  # one has all the weight
+        ([1e30, 1e30, -1e30, 0.0], 1e-9, 0.5),
+        (np.log([3.0, 1.0, 1.0]), 1.0, 25 / 11 / 3),
+    ):
+        measured = record.measure(np.array(scores), record.settings(temperature=temperature))
+        assert measured["effective_sample_share"] == pytest.approx(share)
+    line = record.describe({"temperature": 0.5, "effective_sample_share": 0.1234})
+    assert "temperature 0.5" in line and "12.34% of the units" in line
+
+
+def test_mixed_keeps_the_best_and_draws_the_others_from_the_rest():
+    scores = np.random.default_rng(0).permutation(20).astype(np.float32)
+    drawn = []
+    for seed in range(3000):
+        ids = keep("mixed", scores, fraction=0.5, random_share=0.3, seed=seed)
+        assert len(ids) == 10 and (np.diff(ids) > 0).all()
+        values = set(scores[ids].astype(int).tolist())
+        assert values >= set(range(13, 20))  # 7 of 10 are the best
+        drawn += values - set(range(13, 20))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=13) / 3000, 3 / 13, atol=0.03)
+    np.testing.assert_array_equal(ids, keep("mixed", scores, fraction=0.5, random_share=0.3, seed=2999))
+
+
+@pytest.mark.parametrize("share, same", [(0.0, True), (1.0, False)])
+def test_mixed_between_the_top_fraction_and_a_uniform_draw(share, same):
+    scores = np.repeat(np.arange(100.0), 3)
+    ids = keep("mixed", scores, fraction=0.25, random_share=share, seed=4)
+    best = keep("top_fraction", scores, fraction=0.25, seed=4)
+    assert len(ids) == 75 and np.array_equal(ids, best) == same
+    assert len(keep("mixed", scores, fraction=1.0, random_share=share)) == 300
+
+
 def test_proportional_keeps_the_mixture_and_the_best_of_each_group():
     generator = np.random.default_rng(1)
     groups = generator.choice(4, 1003, p=[0.5, 0.3, 0.15, 0.05]).astype(np.int32)
@@ -127,6 +176,47 @@ def test_quotas_set_the_mixture():
             keep("quotas", scores, domains=domains, quotas=shares, fraction=0.2)
     with pytest.raises(ValueError, match="100 units of prose, but the quota takes 135"):
         keep("quotas", scores, domains=domains, quotas={"prose": 0.9}, fraction=0.5)
+
+
+@pytest.mark.parametrize("floors", [{"a": 0.5}, {"a": 0.25, "c": 0.3}, {"b": 1.0}, {"c": 0.0}, {"a": 0.34, "b": 0.66}])
+def test_floors_keep_the_best_sum_of_scores_that_obeys_them(floors):
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        groups, scores = generator.permutation([0, 0, 0, 0, 1, 1, 1, 1, 2, 2]), generator.normal(size=10)
+        ids = keep("floors", scores, domains=Domains(groups, list("abc")), fraction=0.4, floors=floors, seed=seed)
+        least = [int(floors.get(name, 0.0) * 4 + 1e-9) for name in "abc"]
+        obeying = [
+            chosen
+            for chosen in itertools.combinations(range(10), 4)
+            if (np.bincount(groups[list(chosen)], minlength=3) >= least).all()
+        ]
+        expected = max(obeying, key=lambda chosen: scores[list(chosen)].sum())
+        np.testing.assert_array_equal(ids, expected)
+
+
+def test_floors_that_nothing_can_obey_are_refused():
+    domains = Domains(np.repeat([0, 1], 50), ["prose", "code"])
+    for floors, message in (
+        ({"poems": 0.5}, "'poems', expected some of 'prose', 'code'"),
+        ({"prose": 0.6, "code": 0.6}, "sum to at most 1"),
+        ({"prose": 0.9}, "50 units of prose, but its floor takes 72"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keep("floors", np.arange(100.0), domains=domains, floors=floors, fraction=0.8)
+
+
+def test_floors_draw_among_equal_scores_by_seed():
+    domains, scores = Domains(np.repeat([0, 1], 3), ["a", "b"]), np.zeros(6)
+    draws = {
+        tuple(keep("floors", scores, domains=domains, floors={"a": 0.5}, fraction=0.34, seed=s)) for s in range(60)
+    }
+    assert len(draws) == 12  # every pair but the three within b
+
+
+def test_the_readme_lists_every_policy():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    section = re.search(r"^## Selection policies$(.*?)^## ", text, re.DOTALL | re.MULTILINE).group(1)
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(POLICIES)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.selection.policies import POLICIES
-from megatron_bliss.selection.select import apply_policy, check_selection, kept_share, repetition_warnings
+from megatron_bliss.selection.select import (
+    apply_policy,
+    check_schedule,
+    check_selection,
+    in_round,
+    kept_share,
+    repetition_warnings,
+)
 from tests.data.corpora import documents, write_lines
 from tests.runs import run, write_texts
 
@@ -34,14 +42,14 @@ def selecting(policy="top_fraction", epoch_warning=4.0, **settings):
 def test_every_policy_can_be_chosen_and_is_recorded(pool):
     scores = np.random.default_rng(0).random(60).astype(np.float32)
     for name in POLICIES:
-        shares = {"letter": 0.5} if name == "quotas" else {}
-        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=900, quotas=shares)
+        own_shares = {name: {"letter": 0.5}} if name in ("quotas", "floors") else {}
+        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=900, **own_shares)
         check_selection(selection)
         ids, policy, label = apply_policy(pool, scores, selection, seed=5)
         assert (np.diff(ids) > 0).all() and 0 < len(ids) < 60 and "." not in label
         assert policy["name"] == name and policy["seed"] == 5 and json.loads(json.dumps(policy)) == policy
         own = {field.name for field in dataclasses.fields(POLICIES[name].settings)}
-        assert own < policy.keys() and policy.get("fraction", 0.25) == 0.25 and policy.get("quotas", shares) == shares
+        assert own < policy.keys() and policy.get("fraction", 0.25) == 0.25 and own_shares.items() <= policy.items()
         assert policy.get("lowest_score_kept", policy.get("threshold")) == scores[ids].min()
         np.testing.assert_array_equal(ids, apply_policy(pool, scores, selection, seed=5)[0])
 
@@ -72,6 +80,9 @@ def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
         ({"policy": "quotas"}, "expected quotas with the policy quotas"),
         ({"quotas": {"a": 0.5}}, "with no other"),
         ({"policy": "quotas", "quotas": {"a": 0.6, "b": 0.6}}, "sum to at most 1"),
+        ({"policy": "floors"}, "expected floors with the policy floors"),
+        ({"floors": {"a": 0.5}}, "with no other"),
+        ({"random_share": 1.1}, "selection.random_share 1.1"),
         ({"policy": "luck"}, "selection.policy 'luck', expected one of top_fraction, "),
         ({"fractoin": 0.2}, "selection.fractoin, which no policy has, expected settings of fraction, "),
     ],
@@ -104,10 +115,48 @@ def test_a_run_fills_the_token_budget_with_a_round(pool):
 
 
 def test_what_a_plan_is_told_to_be_kept():
-    for name in ("top_fraction", "gumbel", "proportional", "quotas"):
+    for name in ("top_fraction", "gumbel", "mixed", "proportional", "floors", "quotas"):
         assert kept_share(selecting(name, fraction=0.3), 1000, 77) == 0.3
     assert kept_share(selecting("threshold"), 1000, 77) is None
     assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0
+
+
+def test_a_schedule_has_a_fraction_for_every_round():
+    scheduled = dataclasses.replace(selecting("mixed", fraction=0.9), fraction_schedule=[0.4, 0.1])
+    check_schedule(scheduled, 2)
+    for number, fraction in ((1, 0.4), (2, 0.1)):
+        selection = in_round(scheduled, number)
+        assert selection.settings == {"fraction": fraction} and kept_share(selection, 1000, 77) == fraction
+    assert "raise selection.fraction_schedule, " in repetition_warnings(5000, 1000, scheduled)[0]
+    assert in_round(selecting(fraction=0.3), 2) == selecting(fraction=0.3)
+    with pytest.raises(
+        ValueError, match=r"fraction_schedule \[0.4, 0.1\] for 3 rounds, expected one fraction for each"
+    ):
+        check_schedule(scheduled, 3)
+    with pytest.raises(ValueError, match="with selection.policy threshold, expected a policy that keeps a fraction"):
+        check_schedule(dataclasses.replace(scheduled, policy="threshold"), 2)
+
+
+def test_a_run_keeps_what_its_schedule_says(corpus, tmp_path):
+    options = ["--arms", "random", "--selection.policy", "gumbel", "--selection.fraction_schedule", "[0.5, 0.1]"]
+    options += ["--evaluation.tasks", "[]", "--selection.near_duplicates", "0.2"]
+    done = run(corpus, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    shards = read_json(tmp_path / "run/shards/done.json")["prefixes"]
+    for number, fraction in ((1, 0.5), (2, 0.1)):
+        folder = tmp_path / f"run/random/round_{number:02d}/select"
+        record = read_json(folder / "done.json")
+        shard = read_manifest(tmp_path / "run/shards" / shards[number])["counts"]["units"]
+        assert record["units"] == round(fraction * shard)
+        policy = read_manifest(folder / record["prefix"])["policy"]
+        assert policy["fraction"] == fraction and 0 < policy["effective_sample_share"] < 1
+        left_out = policy["near_duplicates_left_out"]
+        assert left_out > 0 and f"random, round {number}: left out: {left_out:,} near-duplicates" in done.stderr
+        share = f"{policy['effective_sample_share']:.2%}"
+        assert f"random, round {number}: gumbel, temperature 1: the effective sample size is {share}" in done.stderr
+    shutil.rmtree(folder)
+    again = run(corpus, tmp_path / "run", *options, "--stage", "select", "--round", "2", "--arm", "random")
+    assert again.returncode == 0 and read_json(folder / "done.json")["prefix"] == record["prefix"]
 
 
 def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):

@@ -73,7 +73,7 @@ def read(folder, pattern):
 def test_the_same_files_every_time(small_installation, made, tmp_path):
     run(small_installation, tmp_path, 2)
     names = sorted(path.name for path in made[0].iterdir())
-    assert names == sorted(path.name for path in tmp_path.iterdir()) and len(names) == 5
+    assert names == sorted(path.name for path in tmp_path.iterdir()) and len(names) == 6
     for name in names:
         assert (made[0] / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
@@ -99,6 +99,14 @@ def test_held_out_prose_is_nowhere_in_the_pool(made):
         assert not paragraphs & set(record["text"].split("\n\n"))
         assert " ".join(sorted(record["text"].split())) not in words
     assert not {r["text"] for r in held_out["validation"]} & {r["text"] for r in held_out["heldout"]}
+
+
+def test_the_other_set_holds_what_is_no_prose_and_not_in_the_pool(made):
+    folder, printed = made
+    other = read(folder, "heldout_other.jsonl.gz")
+    assert {record["domain"] for record in other} == {"code", "table"} and "heldout_other" in printed
+    assert not {record["text"] for record in other} & {record["text"] for record in read(folder, "pool-*.jsonl.gz")}
+    assert 4_000 < sum(len(record["text"]) for record in other) < 25_000
 
 
 def test_cloze_passages_end_in_a_word_that_was_there_before(made):

@@ -1,5 +1,6 @@
 """tools/subset_index.py: scores become the subset that the policy says."""
 
+import json
 import os
 import re
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import numpy as np
 
 from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import root_units, write_subset
-from tests.data.corpora import write_corpus
+from tests.data.corpora import SENTENCES, write_corpus, write_lines
 from tools import inspect_index, subset_index
 
 
@@ -49,9 +51,13 @@ def test_every_policy_keeps_what_it_says(scored, capsys):
         (["--policy", "proportional", "--fraction", "0.5"], 5, 15),
         (["--policy", "quotas", "--fraction", "0.5", "--quotas", "letter=0.2", "river=0.6"], 3, 15),
         (["--policy", "gumbel", "--fraction", "0.3", "--temperature", "0.01"], 9, 9),
+        (["--policy", "floors", "--fraction", "0.5", "--floors", "river=0.4", "winter=0.2"], 6, 15),
+        (["--policy", "mixed", "--fraction", "0.3", "--random-share", "0"], 9, 9),
     ):
         ids, manifest = kept_units(prefix, scores, capsys, *options)
         assert len(ids) == count and (ids % 3 == 1).sum() == letters and manifest["policy"]["name"] == options[1]
+    assert make_subset(prefix, scores, "--policy", "gumbel", "--fraction", "0.3", "--temperature", "1e-3") == 0
+    assert "temperature 0.001: the effective sample size is 33.33% of the units" in capsys.readouterr().out
     ids, manifest = kept_units(prefix, scores, capsys, "--policy", "token_budget", "--tokens", "600")
     assert manifest["counts"]["tokens"] <= 600 and set(ids % 3) == {1}
     for options, message in (
@@ -63,6 +69,24 @@ def test_every_policy_keeps_what_it_says(scored, capsys):
     ):
         assert make_subset(prefix, scores, *options) == 1
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_of_near_duplicates_the_best_is_kept(tmp_path, capsys):
+    texts = [sentence * 3 for sentence in SENTENCES]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, *texts, "x" + texts[0]]])
+    prefix, scores = str(tmp_path / "X"), str(tmp_path / "scores.npy")
+    preprocess(PreprocessSettings(inputs=[source], output_prefix=prefix, tokenizer_type="bytes"))
+    np.save(scores, np.arange(11, dtype=np.float32))
+    (tmp_path / "scores.json").write_text(json.dumps({"corpus_digest": corpus_digest(prefix)}))
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "0.8", "--combine", "union") == 0
+    output = capsys.readouterr().out
+    subset = output.partition(":")[0]
+    np.testing.assert_array_equal(root_units(subset), [7, 8, 9, 10])
+    assert "left out: 6 near-duplicates of units with a better score" in output
+    (policy,) = read_manifest(subset)["policy"]["parts"]
+    assert policy["near_duplicates"] == 0.8 and policy["fraction"] == 0.4
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "1.5") == 1
+    assert "found selection.near_duplicates 1.5, expected 0 to 1" in capsys.readouterr().err
 
 
 def test_score_files_are_combined_and_excluded_units_left_out(scored, tmp_path, capsys):

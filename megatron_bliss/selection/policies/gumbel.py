@@ -37,6 +37,26 @@ def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarr
     return best(keys, fraction_count(settings, len(scores)), generator)
 
 
+def effective_share(scores: np.ndarray, settings: GumbelSettings) -> float:
+    """Effective sample size as a share of the n units: (sum of w)^2 / (n * sum of w^2), w = exp(score / temperature).
+
+    Kish's measure of unequal weights: 1 where all units are as likely as each other, 1 / n where one has all weight.
+    Far below the fraction that is kept, the units that have weight are kept whatever is drawn. Weights are taken
+    relative to the largest, so that none overflows.
+    """
+    highest, total, squares = float(scores.max()), 0.0, 0.0
+    for part in blocks(len(scores)):
+        weights = np.exp((scores[part].astype(np.float64) - highest) / settings.temperature)
+        total, squares = total + float(weights.sum()), squares + float(weights @ weights)
+    return total**2 / (len(scores) * squares)
+
+
+def describe(record: dict) -> str:
+    """What the temperature comes to."""
+    share, temperature = record["effective_sample_share"], record["temperature"]
+    return f"gumbel, temperature {temperature:g}: the effective sample size is {share:.2%} of the units to choose from"
+
+
 POLICY = Policy(
     help="a random draw that favours the best",
     settings=GumbelSettings,
@@ -45,4 +65,6 @@ POLICY = Policy(
     to_keep_more="raise selection.fraction",
     required=("fraction",),
     share=fraction_share,
+    measure=lambda scores, settings: {"effective_sample_share": effective_share(scores, settings)},
+    describe=describe,
 )
