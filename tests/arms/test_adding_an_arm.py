@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_bliss.arms import ARMS
 from megatron_bliss.data.indexed import IndexedCorpus
 from tests.extending import extended_copy, run_in
 
@@ -16,7 +17,7 @@ from tests.extending import extended_copy, run_in
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The package and its commands with the arm length."""
-    return extended_copy(tmp_path_factory.mktemp("copy"), "arms", "mates")
+    return extended_copy(tmp_path_factory.mktemp("copy"), "arms", list(ARMS)[-1])
 
 
 def of_a_run(corpus: Path, folder: Path, *options: str) -> list[str]:
