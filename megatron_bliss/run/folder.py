@@ -104,7 +104,7 @@ class RunFolder:
     def _open(self, config: Config) -> None:
         path = self.path / "config.yaml"
         if path.is_file():
-            _check_same_run(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config), path)
+            check_same_run(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config), path)
             return
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(
@@ -116,7 +116,7 @@ class RunFolder:
             file.write(dump_yaml(config))
 
 
-def _check_same_run(old: dict, new: dict, path: Path) -> None:
+def check_same_run(old: dict, new: dict, path: Path) -> None:
     differences = [
         f"{name}: {json.dumps(before)} there, {json.dumps(after)} now"
         for name, before, after in _differences(old, new)

@@ -82,6 +82,7 @@ def test_every_example_configuration_is_known() -> None:
         "quickstart/run.sh",
         "slurm/pretrain.sbatch",
         "slurm/preprocess.sbatch",
+        "studies/arms_small/prepare.sh",
     ],
 )
 def test_scripts_are_valid_shell(script: str) -> None:

@@ -1,0 +1,1 @@
+"""Arms compared under several sets of options, over paired seeds."""

@@ -1,0 +1,172 @@
+"""What a study compares, as its YAML file says: arms under variants of a run's options, over paired seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+KEYS = ("base", "arms", "variants", "seeds", "control", "processes")
+"""What the file may hold."""
+SET_BY_STUDY = ("config", "run_folder", "seed", "stage", "round", "arm")
+"""Options of a run that no variant can have."""
+ONE_VARIANT = {"base": {}}
+"""The variants of a study that names none."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which runs a study makes, and what it holds every arm against."""
+
+    base: dict[str, Any]
+    """Options of all runs, nested as in a run's YAML file."""
+    arms: list[str]
+    """Arms of a variant that names none."""
+    variants: dict[str, dict[str, Any]]
+    """Variant -> the options that it changes; ``arms`` among them where it has its own."""
+    seeds: list[int]
+    control: str
+    """VARIANT/ARM."""
+    processes: int
+    """Of each run."""
+
+    def arms_of(self, variant: str) -> list[str]:
+        """The arms that a variant runs."""
+        return self.variants[variant].get("arms", self.arms)
+
+    def is_control(self, variant: str, arm: str) -> bool:
+        """Whether this is the arm that all others are held against."""
+        return f"{variant}/{arm}" == self.control
+
+    def to_yaml(self) -> str:
+        """The study as it was understood."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def read_study(path: Path | str, seeds: Sequence[int] | None = None) -> Study:
+    """Read a study's file; ``seeds`` stand over those in it. ValueError says what to change."""
+    path = Path(path)
+    content = _read_mapping(path)
+    unknown = [str(key) for key in content if key not in KEYS]
+    if unknown:
+        raise ValueError(f"found {', '.join(unknown)} in {path}, expected only {', '.join(KEYS)}: change these keys")
+    arms = _names(content.get("arms"), f"arms in {path}", "arms of a run, such as [bliss, random]")
+    variants = _variants(content.get("variants"), path)
+    found_seeds = list(seeds) if seeds is not None else content.get("seeds")
+    study = Study(
+        base=_base(content.get("base"), path),
+        arms=arms,
+        variants=variants,
+        seeds=_seeds(found_seeds, path),
+        control=_control(content.get("control", "random"), arms, variants, path),
+        processes=content.get("processes", 1),
+    )
+    if type(study.processes) is not int or study.processes < 1:
+        raise ValueError(f"found processes {study.processes!r} in {path}, expected 1 or more: change processes")
+    return study
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with those of ``second`` over those of ``first``."""
+    result = dict(first)
+    for name, value in second.items():
+        before = result.get(name)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(before, value) if both else value
+    return result
+
+
+def _read_mapping(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"found no keys in {path}, expected options: a mapping with names and values")
+    return content
+
+
+def _base(found: object, path: Path) -> dict:
+    """The options of all runs: those of the YAML file that ``config`` names, and over them the others."""
+    options = _options({} if found is None else found, f"base of {path}", forbidden=(*SET_BY_STUDY[1:], "arms"))
+    if "config" not in options:
+        return options
+    start = path.parent / str(options.pop("config"))
+    if not start.is_file():
+        raise ValueError(f"found no file {start}, expected the options that base.config in {path} names: change it")
+    given = {name: value for name, value in _read_mapping(start).items() if name not in (*SET_BY_STUDY, "arms")}
+    return merged(_nested(given), options)
+
+
+def _options(found: object, place: str, forbidden: Sequence[str]) -> dict:
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"found {found!r} as {place}, expected options and their values: change it")
+    for name in found:
+        if name in forbidden:
+            raise ValueError(f"found {name} in {place}, expected no {name}: the study sets it, take it out")
+    return _nested(found)
+
+
+def _nested(options: Mapping[str, Any]) -> dict:
+    """``{"selection.fraction": 0.2}`` as ``{"selection": {"fraction": 0.2}}``."""
+    result: dict = {}
+    for name, value in options.items():
+        *sections, last = name.split(".")
+        one = {last: value}
+        for section in reversed(sections):
+            one = {section: one}
+        result = merged(result, one)
+    return result
+
+
+def _variants(found: object, path: Path) -> dict[str, dict]:
+    if found is None:
+        return dict(ONE_VARIANT)
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"found variants {found!r} in {path}, expected names, each with options that it changes")
+    for name in found:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"found a variant {name!r} in {path}, expected letters, digits and _ . + - in its name (quoted, where "
+                "YAML would read a number): it becomes a folder's name"
+            )
+    variants = {}
+    for name, options in found.items():
+        place = f"variant {name} in {path}"
+        variants[name] = _options({} if options is None else options, place, forbidden=SET_BY_STUDY)
+        if "arms" in variants[name]:
+            variants[name]["arms"] = _names(variants[name]["arms"], f"arms of {place}", "arms of a run")
+    return variants
+
+
+def _names(found: object, place: str, expected: str) -> list[str]:
+    """A list of different names."""
+    is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    if not is_list or not found or len(set(found)) < len(found):
+        raise ValueError(f"found {found!r} as {place}, expected a list of different {expected}: change it")
+    return list(found)
+
+
+def _seeds(found: object, path: Path) -> list[int]:
+    if not isinstance(found, list) or not found or not all(type(seed) is int and seed >= 0 for seed in found):
+        raise ValueError(f"found seeds {found!r} for {path}, expected whole numbers from 0, such as [1, 2, 3]")
+    if len(set(found)) < len(found):
+        raise ValueError(f"found seeds {found} for {path}, expected each of them once: runs with one seed are the same")
+    return list(found)
+
+
+def _control(found: object, arms: list[str], variants: Mapping[str, Mapping], path: Path) -> str:
+    """``ARM`` stands for that arm of the first variant that runs it."""
+    places = [f"{variant}/{arm}" for variant, options in variants.items() for arm in options.get("arms", arms)]
+    for place in places:
+        if found in (place, place.split("/")[1]):
+            return place
+    raise ValueError(
+        f"found control {found!r} in {path}, expected an arm that the study runs ({', '.join(places)}): set control, "
+        "or add the arm to a variant"
+    )

@@ -1,0 +1,78 @@
+"""The runs of a study, one after another, each in processes of its own; what is finished is not run again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from megatron_bliss.base.files import atomic_file
+from megatron_bliss.base.text import format_seconds
+from megatron_bliss.config.parse import dump_yaml
+from megatron_bliss.study.runs import StudyRun
+from megatron_bliss.study.warmup import share_warmup
+
+LAST_LINES = 20
+"""Of a failed run's log, as many are shown."""
+
+
+def run_all(runs: Sequence[StudyRun], output: Path, entry: Path, processes: int) -> None:
+    """Run what is not finished. entry: the script that makes a run. ValueError where a run fails."""
+    output.mkdir(parents=True, exist_ok=True)
+    with _only_one(output) as lock:
+        for number, run in enumerate(runs, start=1):
+            place = f"[{number}/{len(runs)}] {run.name}"
+            if run.is_finished():
+                print(f"{place}: finished before", flush=True)
+                continue
+            source = share_warmup(run, [one for one in runs[: number - 1] if one.seed == run.seed])
+            shared = f", warm-up of {source.variant}" if source else ""
+            print(f"{place}: arms {', '.join(run.config.arms)}{shared}; log: {run.beside('.log')}", flush=True)
+            start = time.monotonic()
+            _run(run, _command(run, entry, processes), lock)
+            print(f"{place}: done in {format_seconds(time.monotonic() - start)}", flush=True)
+
+
+def _command(run: StudyRun, entry: Path, processes: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), str(entry), "--config", str(run.beside(".yaml"))]
+
+
+def _run(run: StudyRun, command: list[str], lock: IO) -> None:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run.beside(".yaml"), "w") as file:
+        file.write(dump_yaml(run.config))
+    log = run.beside(".log")
+    with open(log, "a", encoding="utf-8") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        raise ValueError(
+            "\n".join(lines) + f"\nfound status {status} of {run.name}, expected a finished run: mend what its log "
+            f"{log} says; the same command goes on from there"
+        )
+
+
+@contextlib.contextmanager
+def _only_one(output: Path) -> Iterator[IO]:
+    """Hold the study's folder. Its runs hold it, too: one that outlives a killed study gets no second beside it."""
+    with open(output / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"found {output} at work, in another study or a run that one has left, expected it free: wait for its "
+                "end, or end it"
+            ) from None
+        yield lock

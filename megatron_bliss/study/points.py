@@ -1,0 +1,44 @@
+"""The points of a study: what each arm of each run came to, as plain data out of the runs' ``summary.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bliss.base.files import read_json
+from megatron_bliss.study.description import Study
+from megatron_bliss.study.runs import StudyRun
+
+
+def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
+    """{"control", "seeds", "guided", "other", "points"}: all that tables and plots are made from.
+
+    A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve}}, its
+    curves as in ``summary.json``.
+    """
+    points = []
+    for run in runs:
+        arms = read_json(run.folder / "summary.json")["arms"]
+        for arm in run.config.arms:
+            place = {"seed": run.seed, "variant": run.variant, "arm": arm}
+            points.append(place | {key: arms[arm][key] for key in ("losses", "cost")})
+    return {"control": study.control, "seeds": study.seeds, **sides(runs), "points": points}
+
+
+def sides(runs: Sequence[StudyRun]) -> dict[str, list[str]]:
+    """Names of the test sets of the guide's kind, and of the others: those of all runs alike, or ValueError."""
+    found = {}
+    for run in runs:
+        data = run.config.data
+        prefixes = {"guided": data.test_prefixes, "other": data.other_prefixes}
+        found[run.name] = {side: [Path(prefix).name for prefix in given] for side, given in prefixes.items()}
+    first = next(iter(found))
+    for name, names in found.items():
+        if names != found[first]:
+            raise ValueError(
+                f"found test sets {names} of {name} and {found[first]} of {first}, expected the same in all runs of a "
+                "study: take data.test_prefixes and data.other_prefixes out of the variants"
+            )
+    if not found[first]["guided"]:
+        raise ValueError("found no test set of the guide's kind, expected one: set data.test_prefixes in base")
+    return found[first]

@@ -1,0 +1,25 @@
+"""A small study on the corpus of tests/runs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+OPTIONS = {"rounds": 1, "evaluation.tasks": [], "pretraining.train_iters": 8, "proxy.warmup_iters": 3}
+"""What the tests' runs have otherwise than tests/runs.py."""
+VARIANTS = {"hard": {}, "soft": {"selection.policy": "gumbel", "selection.temperature": 0.5}}
+
+
+def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
+    """A study of two variants, two arms and two seeds on ``corpus``; ``keys`` stand over its own."""
+    content = {
+        "seeds": [1, 2],
+        "arms": ["random", "dsir"],
+        "base": {"config": str(corpus / "config.yaml"), **OPTIONS},
+        "variants": VARIANTS,
+        **keys,
+    }
+    path = folder / "given.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

@@ -1,0 +1,87 @@
+"""What a study's file means, and what is refused in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_bliss.study.description import Study, merged, read_study
+
+GIVEN = {"arms": ["bliss", "random"], "seeds": [3, 1]}
+
+
+def read(tmp_path: Path, content: object, **options) -> Study:
+    path = tmp_path / "study.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return read_study(path, **options)
+
+
+def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
+    study = read(tmp_path, GIVEN)
+    assert (study.arms, study.seeds, study.base, study.variants) == (["bliss", "random"], [3, 1], {}, {"base": {}})
+    assert (study.control, study.processes) == ("base/random", 1)
+    assert study.is_control("base", "random") and not study.is_control("base", "bliss")
+    assert yaml.safe_load(study.to_yaml())["control"] == "base/random"
+
+
+def test_options_are_nested_and_stand_over_the_file_they_begin_from(tmp_path: Path) -> None:
+    begun = {"seed": 5, "arms": ["mates"], "rounds": 4, "selection": {"fraction": 0.2, "policy": "gumbel"}}
+    (tmp_path / "begun.yaml").write_text(yaml.safe_dump(begun))
+    base = {"config": "begun.yaml", "rounds": 2, "selection.fraction": 0.1}
+    variants = {"a": None, "b": {"selection": {"fraction": 0.3}, "arms": ["bliss"]}}
+    study = read(tmp_path, {**GIVEN, "base": base, "variants": variants}, seeds=[7])
+    assert study.base == {"rounds": 2, "selection": {"fraction": 0.1, "policy": "gumbel"}}
+    assert study.variants == {"a": {}, "b": {"selection": {"fraction": 0.3}, "arms": ["bliss"]}}
+    assert study.arms_of("a") == ["bliss", "random"] and study.arms_of("b") == ["bliss"] and study.seeds == [7]
+
+
+def test_the_control_is_the_first_arm_of_its_name_or_the_one_named(tmp_path: Path) -> None:
+    variants = {"a": {"arms": ["bliss"]}, "b": {}, "c": {}}
+    for given, meant in {"random": "b/random", "c/random": "c/random", "bliss": "a/bliss"}.items():
+        assert read(tmp_path, {**GIVEN, "variants": variants, "control": given}).control == meant
+
+
+def test_merging_leaves_both_as_they_were() -> None:
+    first, second = {"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"z": 4, "w": 5}}, "b": {"c": 6}}
+    assert merged(first, second) == {"a": {"x": 1, "y": {"z": 4, "w": 5}}, "b": {"c": 6}}
+    assert first == {"a": {"x": 1, "y": {"z": 2}}, "b": 3} and second["a"] == {"y": {"z": 4, "w": 5}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"arm": []}, "found arm in .*expected only base, arms, variants"),
+        ({"arms": None}, "found None as arms in .*expected a list of different arms"),
+        ({"arms": ["bliss", "bliss"]}, "list of different arms"),
+        ({"seeds": None}, "found seeds None"),
+        ({"seeds": [1, 1]}, "expected each of them once"),
+        ({"seeds": [1.5]}, "expected whole numbers"),
+        ({"seeds": [True]}, "expected whole numbers"),
+        ({"variants": ["a"]}, "found variants"),
+        ({"variants": {"a/b": {}}}, "found a variant 'a/b'"),
+        ({"variants": {0.2: {}}}, "found a variant 0.2 .*quoted"),
+        ({"variants": {"a": 3}}, "found 3 as variant a in .*expected options"),
+        ({"variants": {"a": {"seed": 3}}}, "found seed in variant a .*the study sets it"),
+        ({"variants": {"a": {"arms": "bliss"}}}, "found 'bliss' as arms of variant a"),
+        ({"base": {"run_folder": "x"}}, "found run_folder in base .*take it out"),
+        ({"base": {"arms": ["bliss"]}}, "found arms in base"),
+        ({"base": {"config": "nowhere.yaml"}}, "found no file .*nowhere.yaml"),
+        (
+            {"control": "dsir"},
+            r"found control 'dsir' .*expected an arm that the study runs \(base/bliss, base/random\)",
+        ),
+        ({"processes": 0}, "found processes 0"),
+        ({"processes": True}, "found processes True"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, {**GIVEN, **change})
+
+
+@pytest.mark.parametrize("content, message", [("- bliss\n", "found no keys"), ("a: [\n", "is not valid YAML")])
+def test_a_file_without_options_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, content)

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Compare arms under several sets of options over paired seeds: runs, tables, and a plot of gain against price.
+
+study.py examples/studies/arms_small/study.yaml --output studies/arms_small [--seeds 1 2 3] [--only dsir bliss]
+
+Running the same command again continues: finished runs are not run again, an unfinished one goes on. Writes study.md,
+study.json and pareto.png into the folder, from the runs in runs/seed_N/VARIANT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_bliss.base.command import command
+from megatron_bliss.study.description import KEYS, read_study
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help=f"YAML file with {', '.join(KEYS)}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the runs and for what they come to")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these instead of the file's")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the arms, these and the control")
+    return parser.parse_args(arguments)
+
+
+@command("study", (ValueError, OSError))
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, and print the tables; returns the exit status."""
+    options = parse_arguments(arguments)
+    study = read_study(options.study, options.seeds)
+
+    from megatron_bliss.study.whole import run_study  # after reading: importing torch takes seconds
+
+    print(run_study(study, options.output, only=options.only, entry=ROOT / "pretrain_bliss.py"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
