@@ -79,7 +79,8 @@ class PublishedTrainer:
         self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, config.upper_iters * config.lower_iters)
         unclipped = replace(config.score_optimizer, clip_grad=0.0)
         self.score_optimizer = Optimizer(score_model, unclipped, config.upper_iters)
-        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold))
+        sigmoid = score_model.activation == "sigmoid"
+        self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
