@@ -10,9 +10,9 @@ from megatron_bliss.report.arm_costs import AXES
 from megatron_bliss.study.paired import Compared, Spread, label, results
 
 NOTE = (
-    "Loss in nats per labelled token, lower is better: mean ± standard error over {seeds}. In brackets: difference to "
-    "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean of "
-    "{guided}, which are of the guide's kind{other}."
+    "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
+    "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean over "
+    "the sets of the guide's kind ({guided}){other}."
 )
 READINGS = {
     "equal tokens": "Every arm has seen the same target tokens; what selection took comes on top.",
@@ -26,7 +26,9 @@ def format_study(study: Mapping, plot: str = "") -> str:
     """The page; ``plot``: path of the picture."""
     seeds = study["seeds"]
     note = NOTE.format(
-        seeds=f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]} (one: no error)",
+        seeds=f"mean ± standard error over seeds {', '.join(map(str, seeds))}"
+        if len(seeds) > 1
+        else f"seed {seeds[0]} alone",
         control=f"`{study['control']}`",
         guided=_listed(study["guided"]),
         other=f"; it does not speak for {_listed(study['other'])}" if study["other"] else "",
