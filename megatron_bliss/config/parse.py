@@ -46,9 +46,10 @@ def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
     _show_bounds(parser, whole())
     namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    values, types = vars(parser.instantiate(namespace)), get_type_hints(Config)
+    # Copies: Python 3.13.0 loses attributes of an object that is gone from a dict that vars() gave of it.
+    values, types = dict(vars(parser.instantiate(namespace))), get_type_hints(Config)
     gathered = {name: _gather(types[name], values[name]) for name in _choosing(tables)}
-    gathered |= {section: vars(values[section]) for section in _choosing_several(tables)}
+    gathered |= {section: dict(vars(values[section])) for section in _choosing_several(tables)}
     return Config(**(values | gathered))
 
 

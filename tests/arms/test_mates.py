@@ -325,7 +325,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_scores(folder: Path, alon
     monkeypatch.setattr(influence_model.InfluenceRegression, "step", None)
     found = scored(folder, tmp_path / "parts")
     np.testing.assert_array_equal(found.values, alone.values)
-    assert found == replace(alone, values=found.values)
+    assert replace(found, values=None) == replace(alone, values=None)
 
 
 def test_units_like_the_reference_score_higher(folder: Path, tmp_path: Path) -> None:
