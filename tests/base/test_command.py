@@ -67,7 +67,8 @@ def test_where_nobody_reads_on_a_command_ends_quietly(how: str, unbuffered: bool
 
 def test_help_that_nobody_reads_ends_quietly() -> None:
     assert end("help", closed=True) == (BROKEN_PIPE, "")
-    assert end("help", closed=True, unbuffered=True) == (0, "")  # argparse itself passes over what it cannot write
+    # argparse passes over what it cannot write from Python 3.11.3 on
+    assert end("help", closed=True, unbuffered=True) in ((0, ""), (BROKEN_PIPE, ""))
 
 
 @pytest.mark.parametrize(
