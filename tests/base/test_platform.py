@@ -56,13 +56,14 @@ def page_faults():
     torch.zeros(2**24)  # 64 MiB: 16,384 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 if platform.keep_freed_memory():
-    assert min(page_faults() for _ in range(3)) < 1000
+    # The first few may each open a new place between other blocks; returned memory would be mapped anew all ten times.
+    assert min(page_faults() for _ in range(10)) < 1000
 print(torch.get_num_threads())
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     run = [sys.executable, "-c", program]
-    outcome = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
-    assert outcome.stdout.split() == [str(platform.available_cores())]
+    outcome = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert outcome.stdout.split() == [str(platform.available_cores())], outcome.stderr
     assert "Apex" not in outcome.stderr and "deprecated" not in outcome.stderr
 
 
