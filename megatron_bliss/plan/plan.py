@@ -189,24 +189,30 @@ def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dic
 
 
 def _timed(record: dict, config: Config, machine: Machine, models: Models) -> dict:
-    """A record with its seconds: FLOPs / (ranks x peak in the stage's precision x utilisation); None without a peak."""
-    platform, flops = config.platform, record["flops"]
-    parts = {platform.params_dtype: flops}
+    """A record with its seconds: FLOPs / (ranks x peak in the precision x utilisation) of each of its parts; None
+    without a peak."""
+    seconds = 0.0
+    for dtype, flops, share in _parts(record, config, machine, models):
+        peak = machine.peak(config.platform, dtype)
+        if peak is None:
+            return {**record, "seconds": None}
+        seconds += flops / (machine.world_size * peak * share)
+    return {**record, "seconds": seconds}
+
+
+def _parts(record: dict, config: Config, machine: Machine, models: Models) -> list[tuple[str, float, float]]:
+    """A stage's work as (precision, FLOPs, utilisation) of the models that do it."""
+    platform, flops, small = config.platform, record["flops"], machine.proxy_mfu or machine.mfu
     if record["stage"] == "warmup proxy":
-        parts = {config.proxy.warmup_params_dtype: flops}
+        return [(config.proxy.warmup_params_dtype, flops, small)]
     if record["stage"] == "score":
-        parts = {_scoring_dtype(config, record["arm"]): flops}
-    if record["stage"] == "bilevel":  # the frozen target runs in its own precision
+        return [(_scoring_dtype(config, record["arm"]), flops, small)]
+    if record["stage"] == "bilevel":  # the frozen target runs in its own precision, and is no small model
         arm = ARMS[record["arm"]]
         settings = replace(arm.bilevel_options(config.bilevel), kl_weight=0.0)
         alone = arm.scheme.flops(settings, models.proxy, models.target, config.data.seq_length, models.score)
-        parts = {platform.params_dtype: flops - alone}
-        parts[settings.params_dtype] = parts.get(settings.params_dtype, 0.0) + alone
-    share = machine.mfu if record["stage"] not in SMALL_MODEL_STAGES else machine.proxy_mfu or machine.mfu
-    peaks = {dtype: machine.peak(platform, dtype) for dtype in parts}
-    if None in peaks.values():
-        return {**record, "seconds": None}
-    return {**record, "seconds": sum(part / (machine.world_size * peaks[d] * share) for d, part in parts.items())}
+        return [(platform.params_dtype, flops - alone, machine.mfu), (settings.params_dtype, alone, small)]
+    return [(platform.params_dtype, flops, machine.mfu)]
 
 
 def _scoring_dtype(config: Config, arm: str) -> str:

@@ -82,15 +82,24 @@ def test_time_is_work_over_what_the_devices_reach() -> None:
     assert alike["score"]["seconds"] == pytest.approx(alike["score"]["flops"] / (8 * 100e12 * 0.4))
 
 
-def test_the_frozen_target_keeps_its_own_precision() -> None:
+def test_the_frozen_target_keeps_its_own_precision_and_utilisation() -> None:
     others = ("--bilevel.params_dtype", "fp32")
     settings = config("pythia_1b_c4", *others)
-    found = next(one for one in plan("pythia_1b_c4", *others, device="a100")["stages"] if one["stage"] == "bilevel")
+    planned = plan("pythia_1b_c4", *others, device="a100", mfu=0.4, proxy_mfu=0.1)
+    found = next(one for one in planned["stages"] if one["stage"] == "bilevel")
     proxy, target = (resolve_architecture(ModelConfig(preset=name), 50304) for name in ("pythia-31m", "pythia-1b"))
     alone = bilevel_flops(config("pythia_1b_c4", "--bilevel.kl_weight", "0").bilevel, proxy, target, 1024)
     assert found["flops"] == bilevel_flops(settings.bilevel, proxy, target, 1024) > alone
-    expected = (found["flops"] - alone) / 312e12 + alone / 19.5e12
-    assert found["seconds"] == pytest.approx(expected / (8 * 0.4))
+    expected = (found["flops"] - alone) / (312e12 * 0.4) + alone / (19.5e12 * 0.1)
+    assert found["seconds"] == pytest.approx(expected / 8)
+
+
+def test_scores_of_counts_make_selection_a_small_part_of_the_time() -> None:
+    """At a tenth of the peak for small models: what examples/pythia_*_c4 cost with score.family ngram."""
+    for name, share in (("pythia_410m_c4", 0.05), ("pythia_1b_c4", 0.02)):
+        family = ("--score.family", "ngram")
+        cost = plan(name, *family, device="h100", mfu=0.4, proxy_mfu=0.1)["overhead"]["seconds"]
+        assert 0 < cost <= share < plan(name, device="h100", mfu=0.4, proxy_mfu=0.1)["overhead"]["seconds"]
 
 
 def test_what_bliss_costs_is_what_a_control_arm_does_not_do() -> None:
