@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-KEYS = ("base", "arms", "variants", "seeds", "control", "processes")
+KEYS = ("base", "arms", "variants", "seeds", "control", "longer", "processes")
 """What the file may hold."""
 SET_BY_STUDY = ("config", "run_folder", "seed", "stage", "round", "arm")
 """Options of a run that no variant can have."""
 ONE_VARIANT = {"base": {}}
 """The variants of a study that names none."""
+LONGER = "longer-"
+"""Begins the name of the variant in which one arm alone trains on."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -32,6 +34,8 @@ class Study:
     seeds: list[int]
     control: str
     """VARIANT/ARM."""
+    longer: dict[str, str]
+    """Arm -> VARIANT/ARM: cheap arms that train on, for as many FLOPs as others take with their selection."""
     processes: int
     """Of each run."""
 
@@ -42,6 +46,10 @@ class Study:
     def is_control(self, variant: str, arm: str) -> bool:
         """Whether this is the arm that all others are held against."""
         return f"{variant}/{arm}" == self.control
+
+    def is_reference(self, variant: str, arm: str) -> bool:
+        """Whether other arms are held against this one: the control, and the control's arm that trains on."""
+        return f"{variant}/{arm}" in (self.control, self.longer.get(self.control.split("/")[1]))
 
     def to_yaml(self) -> str:
         """The study as it was understood."""
@@ -57,13 +65,17 @@ def read_study(path: Path | str, seeds: Sequence[int] | None = None) -> Study:
         raise ValueError(f"found {', '.join(unknown)} in {path}, expected only {', '.join(KEYS)}: change these keys")
     arms = _names(content.get("arms"), f"arms in {path}", "arms of a run, such as [bliss, random]")
     variants = _variants(content.get("variants"), path)
+    control = _control(content.get("control", "random"), arms, variants, path)
+    longer = _longer(content.get("longer"), variants[control.split("/")[0]], control.split("/")[1], path)
+    variants |= longer
     found_seeds = list(seeds) if seeds is not None else content.get("seeds")
     study = Study(
         base=_base(content.get("base"), path),
         arms=arms,
         variants=variants,
         seeds=_seeds(found_seeds, path),
-        control=_control(content.get("control", "random"), arms, variants, path),
+        control=control,
+        longer={variant.removeprefix(LONGER): f"{variant}/{variant.removeprefix(LONGER)}" for variant in longer},
         processes=content.get("processes", 1),
     )
     if type(study.processes) is not int or study.processes < 1:
@@ -130,10 +142,10 @@ def _variants(found: object, path: Path) -> dict[str, dict]:
     if not isinstance(found, dict) or not found:
         raise ValueError(f"found variants {found!r} in {path}, expected names, each with options that it changes")
     for name in found:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith(LONGER):
             raise ValueError(
                 f"found a variant {name!r} in {path}, expected letters, digits and _ . + - in its name (quoted, where "
-                "YAML would read a number): it becomes a folder's name"
+                f"YAML would read a number), and no {LONGER} before it: it becomes a folder's name"
             )
     variants = {}
     for name, options in found.items():
@@ -170,3 +182,19 @@ def _control(found: object, arms: list[str], variants: Mapping[str, Mapping], pa
         f"found control {found!r} in {path}, expected an arm that the study runs ({', '.join(places)}): set control, "
         "or add the arm to a variant"
     )
+
+
+def _longer(found: object, options: Mapping[str, Any], control: str, path: Path) -> dict[str, dict]:
+    """A variant for each arm that trains on: the control's options, and over them those of ``longer``."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or control not in found:
+        raise ValueError(
+            f"found longer {found!r} in {path}, expected arms, {control} among them, each with the options that make "
+            "it train on, such as pretraining.train_iters: change longer"
+        )
+    variants = {}
+    for arm, given in found.items():
+        changed = _options(given, f"longer of {arm} in {path}", forbidden=(*SET_BY_STUDY, "arms"))
+        variants[f"{LONGER}{arm}"] = merged(options, changed) | {"arms": [arm]}
+    return variants

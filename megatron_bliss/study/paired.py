@@ -53,45 +53,91 @@ def compare(values: Mapping[int, float | None], control: Mapping[int, float | No
     return Compared(spread(list(values.values())), spread(differences), wins, len(known))
 
 
-def at_equal_tokens(points: Sequence[Mapping]) -> list[dict[str, float | None]]:
-    """Losses of the points of one seed where the one with the fewest target tokens ends."""
+class Reading(NamedTuple):
+    """The points of one seed, read alike: their losses, and those that each is held against."""
+
+    losses: dict[str, Losses]
+    """VARIANT/ARM -> its losses."""
+    rivals: dict[str, dict[str, Losses]]
+    """Arm -> VARIANT/ARM -> losses of that arm where VARIANT/ARM is read; the control's arm first."""
+
+
+def at_equal_tokens(study: Mapping, points: Sequence[Mapping]) -> Reading:
+    """Losses where the point with the fewest target tokens ends. ``points``: of one seed."""
     tokens = min(curve[-1][0] for point in points for curve in point["losses"].values())
-    return [{name: loss_at(curve, tokens) for name, curve in point["losses"].items()} for point in points]
+    found = [{name: loss_at(curve, tokens) for name, curve in point["losses"].items()} for point in points]
+    return _against_control(study, points, found)
 
 
-def at_equal_compute(points: Sequence[Mapping]) -> list[dict[str, float | None]]:
-    """Losses of the points of one seed where each has spent the FLOPs of the cheapest, selection included."""
+def at_equal_compute(study: Mapping, points: Sequence[Mapping]) -> Reading:
+    """Losses where each point has spent the FLOPs of the cheapest, selection included. ``points``: of one seed."""
     budget = min(point["cost"]["flops"][-1][1] for point in points)
-    return [{name: loss_at(loss_by_cost(point, name, "flops"), budget) for name in point["losses"]} for point in points]
+    return _against_control(study, points, [_losses_for(point, budget) for point in points])
 
 
-READINGS: dict[str, Callable[[Sequence[Mapping]], list[dict[str, float | None]]]] = {
-    "equal tokens": at_equal_tokens,
-    "equal total compute": at_equal_compute,
-}
-"""Where curves are read, the points of one seed together."""
+def trained_on(study: Mapping, points: Sequence[Mapping]) -> Reading:
+    """Losses where each point ends, against those of the longer runs where they have spent the same FLOPs.
+
+    points: of one seed, without the longer runs, which are read from ``study``.
+    """
+    budgets = {label(point): point["cost"]["flops"][-1][1] for point in points}
+    losses = {label(point): _losses_for(point, budgets[label(point)]) for point in points}
+    arms = sorted(study["longer"], key=lambda arm: arm != study["control"].split("/")[1])
+    rivals = {}
+    for arm in arms:
+        curves = [one for one in study["points"] if label(one) == study["longer"][arm]]
+        curves = [one for one in curves if one["seed"] == points[0]["seed"]]
+        rivals[arm] = {place: _losses_for(one, budget) for one in curves for place, budget in budgets.items()}
+    return Reading(losses, rivals)
+
+
+def _losses_for(point: Mapping, flops: float) -> dict[str, float | None]:
+    """A point's losses where it has spent so many FLOPs in all; None beyond its end."""
+    return {name: loss_at(loss_by_cost(point, name, "flops"), flops) for name in point["losses"]}
+
+
+def _against_control(study: Mapping, points: Sequence[Mapping], losses: Sequence[Losses]) -> Reading:
+    """A reading in which all points are held against the control's losses."""
+    by_label = {label(point): one for point, one in zip(points, losses, strict=True)}
+    control = by_label.get(study["control"], {})
+    return Reading(by_label, {study["control"].split("/")[1]: dict.fromkeys(by_label, control)})
+
+
+Read = Callable[[Mapping, Sequence[Mapping]], Reading]
+
+
+def readings(study: Mapping) -> dict[str, Read]:
+    """Where curves are read, the points of one seed together."""
+    return {"equal tokens": at_equal_tokens, "equal total compute": trained_on if study["longer"] else at_equal_compute}
 
 
 def results(study: Mapping) -> dict[str, dict[str, dict]]:
-    """{reading: {VARIANT/ARM: {"guided": Compared of the sets' mean, "other": the same, "sets": {set: Compared}}}}."""
-    names = [*study["guided"], *study["other"]]
-    found = {}
-    for reading, read in READINGS.items():
-        losses: dict[str, dict[int, Losses]] = {label(point): {} for point in study["points"]}
-        for seed in study["seeds"]:
-            points = [point for point in study["points"] if point["seed"] == seed]
-            for point, values in zip(points, read(points) if points else [], strict=True):
-                losses[label(point)][seed] = values
-        control = losses.get(study["control"], {})
-        found[reading] = {
-            arm: {
-                "guided": _compare_means(by_seed, control, study["guided"]),
-                "other": _compare_means(by_seed, control, study["other"]),
-                "sets": {name: _compare_means(by_seed, control, [name]) for name in names},
-            }
-            for arm, by_seed in losses.items()
-        }
-    return found
+    """{reading: {VARIANT/ARM: {"guided": Compared of the sets' mean, "other": the same, "sets": {set: Compared},
+    "rivals": {arm: Compared of the guided sets' mean}}}}. All but ``rivals`` are held against the control."""
+    return {name: _read(study, read) for name, read in readings(study).items()}
+
+
+def _read(study: Mapping, read: Read) -> dict[str, dict]:
+    points = [point for point in study["points"] if label(point) not in study["longer"].values()]
+    seeds = {seed: [point for point in points if point["seed"] == seed] for seed in study["seeds"]}
+    found = {seed: read(study, own) for seed, own in seeds.items() if own}
+    return {arm: _row(study, found, arm) for arm in dict.fromkeys(map(label, points))}
+
+
+def _row(study: Mapping, found: Mapping[int, Reading], arm: str) -> dict:
+    """What :func:`results` says of one arm; found: the reading of each seed."""
+    losses = {seed: one.losses[arm] for seed, one in found.items() if arm in one.losses}
+    control, *others = next(iter(found.values())).rivals
+
+    def against(names: Sequence[str], rival: str) -> Compared:
+        return _compare_means(losses, {seed: found[seed].rivals[rival].get(arm, {}) for seed in losses}, names)
+
+    return {
+        "guided": against(study["guided"], control),
+        "other": against(study["other"], control),
+        "sets": {name: against([name], control) for name in (*study["guided"], *study["other"])},
+        "rivals": {rival: against(study["guided"], rival) for rival in others},
+    }
 
 
 def label(point: Mapping) -> str:

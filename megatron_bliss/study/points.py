@@ -11,7 +11,7 @@ from megatron_bliss.study.runs import StudyRun
 
 
 def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
-    """{"control", "seeds", "guided", "other", "points"}: all that tables and plots are made from.
+    """{"control", "longer", "seeds", "guided", "other", "points"}: all that tables and plots are made from.
 
     A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve}}, its
     curves as in ``summary.json``.
@@ -22,7 +22,9 @@ def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
         for arm in run.config.arms:
             place = {"seed": run.seed, "variant": run.variant, "arm": arm}
             points.append(place | {key: arms[arm][key] for key in ("losses", "cost")})
-    return {"control": study.control, "seeds": study.seeds, **sides(runs), "points": points}
+    made = {f"{run.variant}/{arm}" for run in runs for arm in run.config.arms}
+    longer = {arm: place for arm, place in study.longer.items() if place in made}
+    return {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}
 
 
 def sides(runs: Sequence[StudyRun]) -> dict[str, list[str]]:

@@ -63,7 +63,8 @@ class StudyRun:
 def study_runs(study: Study, output: Path, only: Collection[str] = ()) -> list[StudyRun]:
     """All runs in order, seed by seed, checked as the runs would check themselves.
 
-    only: arms to run beside the control and those that have begun in the folder already; none: all.
+    only: arms to run beside the control, the control that trains on, and those that have begun in the folder already;
+    none: all.
     """
     unknown = set(only) - {arm for variant in study.variants for arm in study.arms_of(variant)}
     if unknown:
@@ -76,7 +77,7 @@ def study_runs(study: Study, output: Path, only: Collection[str] = ()) -> list[S
             arms = [
                 arm
                 for arm in config.arms
-                if not only or arm in only or study.is_control(variant, arm) or (folder / arm).is_dir()
+                if not only or arm in only or study.is_reference(variant, arm) or (folder / arm).is_dir()
             ]
             if arms:
                 whole = dataclasses.replace(config, seed=seed, run_folder=str(folder), arms=arms)

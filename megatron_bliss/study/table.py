@@ -7,17 +7,29 @@ from collections.abc import Mapping, Sequence
 
 from megatron_bliss.base.text import format_flops, format_seconds
 from megatron_bliss.report.arm_costs import AXES
-from megatron_bliss.study.paired import Compared, Spread, label, results
+from megatron_bliss.study.paired import (
+    Compared,
+    Spread,
+    at_equal_compute,
+    at_equal_tokens,
+    label,
+    readings,
+    results,
+    trained_on,
+)
 
 NOTE = (
     "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
     "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean over "
     "the sets of the guide's kind ({guided}){other}."
 )
-READINGS = {
-    "equal tokens": "Every arm has seen the same target tokens; what selection took comes on top.",
-    "equal total compute": "Every arm has spent as many FLOPs as the cheapest in all: warm-up, selection and target's "
+NOTES = {
+    at_equal_tokens: "Every arm has seen the same target tokens; what selection took comes on top.",
+    at_equal_compute: "Every arm has spent as many FLOPs as the cheapest in all: warm-up, selection and target's "
     "training. An arm that pays for its selection has seen fewer target tokens by then.",
+    trained_on: "Every arm is read at its end. In brackets: difference to an arm that has trained on until it had "
+    "spent as many FLOPs in all: warm-up, selection and target's training. Where the brackets are missing, that arm's "
+    "longer run ends before.",
 }
 """What is said of each reading."""
 
@@ -35,7 +47,7 @@ def format_study(study: Mapping, plot: str = "") -> str:
     )
     blocks = ["# Arms compared", note]
     for reading, rows in results(study).items():
-        blocks += [f"## At {reading}", READINGS[reading], _table(study, rows)]
+        blocks += [f"## At {reading}", NOTES[readings(study)[reading]], _table(study, rows)]
     if plot:
         blocks.append(f"![Gain on the guide against loss elsewhere]({plot})")
     return "\n\n".join(blocks) + "\n"
@@ -48,12 +60,14 @@ def _listed(names: Sequence[str]) -> str:
 def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
     """One row per arm: what its selection took, the guided sets' mean, each set alone."""
     alone = [*(study["guided"] if len(study["guided"]) > 1 else []), *study["other"]]
-    lines = [["arm", "selection: time", "FLOPs", "guided", *alone]]
+    rivals = next(iter(rows.values()))["rivals"]
+    lines = [["arm", "selection: time", "FLOPs", "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
     lines.append(["---"] * len(lines[0]))
     for arm, row in rows.items():
         is_control = arm == study["control"]
         compared = [row["guided"], *(row["sets"][name] for name in alone)]
         lines.append([arm, *_selection(study, arm), *(_cell(one, is_control) for one in compared)])
+        lines[-1] += [_difference(one) or "-" for one in row["rivals"].values()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -68,13 +82,18 @@ def _selection(study: Mapping, arm: str) -> list[str]:
 
 
 def _cell(one: Compared, is_control: bool) -> str:
-    value = format_spread(one.value)
-    if is_control or one.difference.mean is None:
-        return value
+    value, difference = format_spread(one.value), _difference(one)
+    return value if is_control or not difference else f"{value} ({difference})"
+
+
+def _difference(one: Compared) -> str:
+    """Such as "-0.900 ± 0.300; 2/2"; empty where there is none."""
+    if one.difference.mean is None:
+        return ""
     difference = format_spread(one.difference, sign="+")
     if one.difference.mean > 0:
         difference = f"**{difference}**"
-    return f"{value} ({difference}; {one.wins}/{one.pairs})"
+    return f"{difference}; {one.wins}/{one.pairs}"
 
 
 def format_spread(spread: Spread, sign: str = "") -> str:

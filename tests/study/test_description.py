@@ -43,6 +43,22 @@ def test_the_control_is_the_first_arm_of_its_name_or_the_one_named(tmp_path: Pat
         assert read(tmp_path, {**GIVEN, "variants": variants, "control": given}).control == meant
 
 
+def test_arms_that_train_on_are_variants_with_the_options_of_the_control(tmp_path: Path) -> None:
+    variants = {"a": {"arms": ["bliss"]}, "b": {"selection.fraction": 0.3, "rounds": 1}}
+    longer = {"random": {"pretraining.train_iters": 9, "selection.fraction": 0.6}, "dsir": {"rounds": 2}}
+    study = read(tmp_path, {**GIVEN, "variants": variants, "longer": longer})
+    assert study.longer == {"random": "longer-random/random", "dsir": "longer-dsir/dsir"}
+    assert study.variants["longer-random"] == {
+        "selection": {"fraction": 0.6},
+        "rounds": 1,
+        "pretraining": {"train_iters": 9},
+        "arms": ["random"],
+    }
+    assert study.variants["longer-dsir"] == {"selection": {"fraction": 0.3}, "rounds": 2, "arms": ["dsir"]}
+    assert study.is_reference("b", "random") and study.is_reference("longer-random", "random")
+    assert not study.is_reference("longer-dsir", "dsir") and not study.is_reference("b", "bliss")
+
+
 def test_merging_leaves_both_as_they_were() -> None:
     first, second = {"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"z": 4, "w": 5}}, "b": {"c": 6}}
     assert merged(first, second) == {"a": {"x": 1, "y": {"z": 4, "w": 5}}, "b": {"c": 6}}
@@ -72,6 +88,11 @@ def test_merging_leaves_both_as_they_were() -> None:
             {"control": "dsir"},
             r"found control 'dsir' .*expected an arm that the study runs \(base/bliss, base/random\)",
         ),
+        ({"longer": ["random"]}, "found longer .*expected arms, random among them, each with the options"),
+        ({"longer": {"bliss": {}}}, "found longer .*expected arms, random among them"),
+        ({"longer": {"random": 3}}, "found 3 as longer of random in .*expected options"),
+        ({"longer": {"random": {"arms": ["bliss"]}}}, "found arms in longer of random .*take it out"),
+        ({"variants": {"longer-random": {}}}, "found a variant 'longer-random' .*no longer- before it"),
         ({"processes": 0}, "found processes 0"),
         ({"processes": True}, "found processes True"),
     ],

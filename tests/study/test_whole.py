@@ -18,7 +18,6 @@ import yaml
 
 from megatron_bliss.study.description import read_study
 from megatron_bliss.study.execution import run_all
-from megatron_bliss.study.paired import READINGS
 from megatron_bliss.study.runs import StudyRun, study_runs
 from megatron_bliss.study.table import format_study
 from megatron_bliss.study.warmup import FREE, share_warmup
@@ -79,7 +78,7 @@ def test_all_points_are_written(given: Path, finished: Path) -> None:
         assert point["cost"]["flops"][-1][1] == pytest.approx(sum(own) - proxy)  # none of these arms needs a model
     page = (finished / "study.md").read_text()
     assert page == format_study(json.loads((finished / "study.json").read_text()), "pareto.png")
-    assert all(f"## At {reading}" in page for reading in READINGS)
+    assert all(f"## At {reading}" in page for reading in ("equal tokens", "equal total compute"))
     assert (finished / "pareto.png").stat().st_size > 10_000
     assert yaml.safe_load((finished / "study.yaml").read_text())["variants"]["soft"]["selection"]["policy"] == "gumbel"
 
@@ -214,6 +213,13 @@ def test_some_arms_run_beside_the_control_and_those_that_have_begun(corpus: Path
     (tmp_path / "runs/seed_2/soft/bliss").mkdir(parents=True)
     assert arms("mates") == first | {(2, "soft"): ["mates", "bliss"]}
     assert set(map(tuple, arms().values())) == {("random", "dsir", "mates", "bliss")}
+    longer = {"random": {"pretraining.train_iters": 9}, "dsir": {"pretraining.train_iters": 9}}
+    study = read_study(write_study(tmp_path, corpus, seeds=[3], longer=longer))
+    assert arms() == {(3, "hard"): ["random", "dsir"], (3, "soft"): ["random", "dsir"]} | {
+        (3, f"longer-{arm}"): [arm] for arm in longer
+    }
+    assert arms("dsir")[3, "longer-random"] == ["random"] and "mates" not in study.arms
+    assert (3, "longer-dsir") not in {(run.seed, run.variant) for run in study_runs(study, tmp_path, ["random"])}
 
 
 def test_only_unknown_arms_are_refused(given: Path, tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# The data of this study, into data/arms_small:
-#   bash examples/studies/arms_small/prepare.sh 'PAGES_GLOB' PASSAGES.jsonl C4_FILE OPENWEBTEXT_FILE
-# All are JSON lines (.jsonl, .json, also .gz) with a "text" field. PAGES: the pool; "domain" and "format" are reported
-# where present. PASSAGES: text like LAMBADA's; every second one guides the selection, the others are held out. The last
-# two are held-out text that the guide does not speak for.
+# The data of these studies, into data/arms_small:
+#   bash examples/studies/arms_small/prepare.sh 'PAGES_GLOB' PASSAGES C4 OPENWEBTEXT [ITEMS ...]
+# All are files of JSON lines (.jsonl, .json, also .gz). The first four have a "text" field. PAGES: the pool; "domain" and
+# "format" are reported where present. PASSAGES: text like LAMBADA's; every second one guides the selection, the others are
+# held out. C4, OPENWEBTEXT: held-out text that the guide does not speak for.
+# ITEMS: task items, one file a task (ARC, SciQ, HellaSwag, PIQA, BoolQ; tools/prepare_evaluation.py tells their fields).
+# With the passages they are the guide of mixed.yaml, as many labelled tokens of each; every second item is held out.
 set -euo pipefail
-if [ $# -ne 4 ]; then
-  sed -n '2,6s/^# //p' "$0" >&2
+if [ $# -lt 4 ]; then
+  sed -n '2,9s/^# //p' "$0" >&2
   exit 2
 fi
-pages=$1 passages=$(realpath "$2") c4=$(realpath "$3") openwebtext=$(realpath "$4")
+pages=$1
 case $pages in /*) ;; *) pages=$PWD/$pages ;; esac
+shift
+files=()
+for file in "$@"; do files+=("$(realpath "$file")"); done
+passages=${files[0]} c4=${files[1]} openwebtext=${files[2]} items=("${files[@]:3}")
 cd "$(dirname "$0")/../../.."
 . examples/find_python.sh
 data=data/arms_small
@@ -20,12 +26,21 @@ mkdir -p "$data"
 "$python" tools/preprocess_data.py --input "$pages" --output-prefix "$data/pool" \
   --tokenizer-model "$data/tokenizer.json" --unit window --window-length 64 --workers 2
 
-# NAME INPUT SPLIT
+# NAME SPLIT LABEL INPUT, or several labels and inputs with --weights
 prepare() {
-  "$python" tools/prepare_validation.py --input "$2" --output-prefix "$data/$1" --split "$3" --label all \
+  "$python" tools/prepare_validation.py --output-prefix "$data/$1" --split "$2" --label $3 --input "${@:4}" \
     --tokenizer-model "$data/tokenizer.json" --max-length 64
 }
-prepare guide "$passages" 1/2
-prepare heldout "$passages" 2/2
-prepare c4 "$c4" 1/1
-prepare openwebtext "$openwebtext" 1/1
+prepare guide 1/2 all "$passages"
+prepare heldout 2/2 all "$passages"
+prepare c4 1/1 all "$c4"
+prepare openwebtext 1/1 all "$openwebtext"
+if [ ${#items[@]} -gt 0 ]; then
+  labels=all weights=1
+  for file in "${items[@]}"; do
+    name=$(basename "$file")
+    prepare "heldout_${name%%.*}" 2/2 answer "$file"
+    labels+=" answer" weights+=" 1"
+  done
+  prepare guide_mixed 1/2 "$labels" "$passages" "${items[@]}" --weights $weights --weight-by labels
+fi
