@@ -9,7 +9,7 @@ ARMS: Choices[Arm] = Choices(
     (
         *("bliss", "random", "dsir", "mates"),
         *("perplexity", "classifier", "external", "full"),
-        *("identity", "single_level", "published"),
+        *("identity", "single_level", "published", "mates_kl"),
     ),
 )
 """The arms by the names that ``--arms`` knows."""

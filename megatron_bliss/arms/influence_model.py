@@ -1,4 +1,4 @@
-"""The data influence model of the arm mates: a small model that learns measured influences from the units' tokens."""
+"""The data influence model of mates and mates_kl: a small model that learns measured influences from units' tokens."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from megatron_bliss.models.score import ScoreModel
 class Regression:
     """How the model is trained."""
 
+    arm: str
+    """Whose options errors name."""
     iters: int
     batch_size: int
     """Units per step over all ranks."""
@@ -43,7 +45,7 @@ def learn_influences(
     if not deviation > 0:
         raise ValueError(
             f"found the same influence {mean:g} for all probed units, expected different ones: raise "
-            "baselines.mates.lr, or warm the target up longer"
+            f"baselines.{settings.arm}.lr, or warm the target up longer"
         )
     model = inputs.new_score_model()
     if broadcast_object(path.is_file(), groups):

@@ -57,6 +57,9 @@ class Inputs:
     """The warmed-up proxy in the precision of scoring, and what ``scores.json`` says of it."""
     load_score_model: Callable[[], tuple[ScoreModel, dict]]
     """The score model of this round's bilevel stage, and what ``scores.json`` says of it."""
+    load_tied_proxy: Callable[[], tuple[LanguageModel, dict]]
+    """The proxy of this round's bilevel stage in fp32, where that trains no score model, and its Adam state
+    (bilevel/tied.py, ``learned``)."""
     new_score_model: Callable[[], ScoreModel]
     """A regressor for units: the warmed-up proxy's trunk with a new linear unit, no activation."""
     train: Callable[[Trainer, int], None]

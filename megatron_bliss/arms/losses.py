@@ -1,23 +1,18 @@
-"""The loss of a language model on units, one by one: a forward pass whose logits are made a chunk at a time."""
+"""The losses of a language model on all units of a shard, and scores that are made of them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.arms.reading import score_by
 from megatron_bliss.bilevel.head import chunk_size
+from megatron_bliss.bilevel.losses import NO_LOSS, unit_losses
 from megatron_bliss.bilevel.memory import block_elements
-from megatron_bliss.data.batches import Batch
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.transformer import LanguageModel
 from megatron_bliss.target.memory import FP32_BYTES
-
-NO_LOSS = -1.0
-"""In the place of the loss of a unit of one token, which has no next one."""
 
 
 def shard_losses(model: LanguageModel, inputs: Inputs, name: str) -> np.ndarray | None:
@@ -29,30 +24,6 @@ def shard_losses(model: LanguageModel, inputs: Inputs, name: str) -> np.ndarray 
         return np.concatenate([unit_losses(model, batch.to(inputs.groups.device)).cpu().numpy() for batch in batches])
 
     return score_by(losses, inputs, inputs.folder / "blocks", name)
-
-
-@torch.no_grad()
-def unit_losses(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean next-token cross-entropy of every sample, fp32 [b], NO_LOSS where there is no next token.
-
-    FloatingPointError naming the units where one is not finite.
-    """
-    hidden_states, weight = model.hidden_states(batch.tokens), model.output_weight
-    samples, columns = batch.label_mask.nonzero(as_tuple=True)
-    losses = torch.zeros(batch.label_mask.shape, dtype=torch.float32, device=batch.tokens.device)
-    rows = chunk_size(max(len(samples), 1), len(weight), batch.tokens.device)
-    for part, places in zip(samples.split(rows), columns.split(rows), strict=True):
-        logits = F.linear(hidden_states[part, places - 1], weight).float()
-        losses[part, places] = F.cross_entropy(logits, batch.tokens[part, places], reduction="none")
-    counts = batch.label_mask.sum(1)
-    means = losses.sum(1) / counts.clamp(min=1)
-    if not torch.isfinite(means).all():
-        bad = batch.unit_ids[~torch.isfinite(means)].tolist()
-        raise FloatingPointError(
-            f"found losses of the proxy that are not finite for units {bad[:10]}, expected numbers: its warm-up "
-            "diverged; lower proxy.warmup_optimizer.lr and use a new run folder"
-        )
-    return means.masked_fill(counts == 0, NO_LOSS)
 
 
 def preferred(losses: np.ndarray, keep: str) -> np.ndarray:

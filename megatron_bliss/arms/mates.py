@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.config.bounds import bounded
 from megatron_bliss.models.flops import BACKWARD_TO_FORWARD
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
+
+if TYPE_CHECKING:  # arms' files are imported to read options, this takes seconds
+    from megatron_bliss.data.batches import Batch
 
 FEWEST_PROBES = 20
 """So that two are held out; a rank correlation that says something takes hundreds."""
@@ -68,32 +71,66 @@ class MatesConfig:
 def scores(options: MatesConfig, inputs: Inputs) -> Scores:
     """Predicted influences, in standard deviations of the probed ones."""
     from megatron_bliss.arms import probing
-    from megatron_bliss.arms.influence_model import Regression, learn_influences
-    from megatron_bliss.arms.reading import score_by_model
+
+    probes = draw_probes("mates", options, inputs)
+    lr = options.lr or inputs.target_optimizer.lr
+    step_of = partial(probing.make_step, inputs, options.optimizer, lr, options.clip_grad)
+    oracle = probing.target_oracle(inputs, probes.reference, step_of)
+    influences = probing.measure_influences(inputs, probes.units, oracle, "mates")
+    return predict("mates", options, inputs, probes, influences, lr, inputs.target_architecture)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a round measures: units of the shard, int64 [n] in random order, on batches of reference samples."""
+
+    units: np.ndarray
+    reference: list[Batch]
+
+
+def draw_probes(name: str, options: MatesConfig, inputs: Inputs) -> Probes:
+    """The round's probes for the arm ``name``; ValueError where the shard is too small."""
+    from megatron_bliss.arms import probing
 
     units = probing.draw(len(inputs.source), options.probe_units, inputs.seed, 0)
     if len(units) < FEWEST_PROBES:
         raise ValueError(
             f"found {len(units)} units to probe in the shard, expected {FEWEST_PROBES} or more: use fewer rounds or a "
-            "larger corpus, or leave out the arm mates"
+            f"larger corpus, or leave out the arm {name}"
         )
-    reference = probing.reference_batches(inputs, options.reference_samples, options.micro_batch_size)
-    lr = options.lr or inputs.target_optimizer.lr
-    step_of = partial(probing.make_step, inputs, options.optimizer, lr, options.clip_grad)
-    influences = probing.measure_influences(inputs, units, reference, step_of)
+    return Probes(units, probing.reference_batches(inputs, options.reference_samples, options.micro_batch_size))
+
+
+def predict(
+    name: str,
+    options: MatesConfig,
+    inputs: Inputs,
+    probes: Probes,
+    influences: np.ndarray,
+    lr: float,
+    probed: Architecture,
+) -> Scores:
+    """Scores of the whole shard by a small model that has learned ``influences`` [n] of the probes.
+
+    lr: of a probe's step; probed: the model that was probed.
+    """
+    from megatron_bliss.arms.influence_model import Regression, learn_influences
+    from megatron_bliss.arms.reading import score_by_model
+
     regression = Regression(
+        name,
         options.regressor_iters,
         options.regressor_batch_size,
         options.regressor_lr,
         options.regressor_weight_decay,
         HELD_OUT,
     )
-    model, correlation = learn_influences(regression, inputs, units, influences)
-    values = score_by_model(model, inputs, inputs.folder / "blocks", "mates")
+    model, correlation = learn_influences(regression, inputs, probes.units, influences)
+    values = score_by_model(model, inputs, inputs.folder / "blocks", name)
     settings = {
-        "method": "mates",
-        "probes": len(units),
-        "reference_samples": sum(len(batch) for batch in reference),
+        "method": name,
+        "probes": len(probes.units),
+        "reference_samples": sum(len(batch) for batch in probes.reference),
         "optimizer": options.optimizer,
         "lr": lr,
         "clip_grad": options.clip_grad,
@@ -102,26 +139,26 @@ def scores(options: MatesConfig, inputs: Inputs) -> Scores:
         "influence_std": float(influences.std()),
         "held_out_spearman": correlation,
     }
-    lengths = np.minimum(inputs.source.corpus.lengths[units], inputs.source.seq_length)
+    lengths = np.minimum(inputs.source.corpus.lengths[probes.units], inputs.source.seq_length)
     flops = mates_flops(
         options,
         model.architecture,
-        inputs.target_architecture,
+        probed,
         inputs.source.seq_length,
-        probed_units=len(units),
+        probed_units=len(probes.units),
         probed_tokens=int(lengths.sum()),
-        reference_tokens=sum(int(batch.lengths.sum()) for batch in reference),
+        reference_tokens=sum(int(batch.lengths.sum()) for batch in probes.reference),
         shard_tokens=inputs.source.corpus.num_tokens,
     )
-    return Scores(values, settings, flops, _warnings(correlation, inputs))
+    return Scores(values, settings, flops, _warnings(name, correlation, inputs))
 
 
-def _warnings(correlation: float, inputs: Inputs) -> list[str]:
+def _warnings(name: str, correlation: float, inputs: Inputs) -> list[str]:
     if correlation >= NOISE:
         return []
     warning = (
         f"{inputs.description}: predicted influences have a rank correlation of {correlation:.3f} with measured ones "
-        f"on held-out probes, below {NOISE}: the scores of mates are noise; raise baselines.mates.probe_units, "
+        f"on held-out probes, below {NOISE}: the scores of {name} are noise; raise baselines.{name}.probe_units, "
         "reference_samples or regressor_iters, or use a larger proxy"
     )
     if inputs.groups.is_main:
@@ -135,7 +172,7 @@ def _warnings(correlation: float, inputs: Inputs) -> list[str]:
 def mates_flops(
     options: MatesConfig,
     proxy: Architecture,
-    target: Architecture,
+    probed: Architecture,
     seq_length: int,
     *,
     probed_units: int,
@@ -146,10 +183,10 @@ def mates_flops(
     """One round: probes (a gradient each, and the reference set before all and after each), the data
     influence model's training and held-out predictions, and its pass over the shard."""
     training = 1 + BACKWARD_TO_FORWARD
-    read_by_target = training * probed_tokens + (probed_units + 1) * reference_tokens
+    read_by_probed = training * probed_tokens + (probed_units + 1) * reference_tokens
     regressed = training * options.regressor_iters * options.regressor_batch_size * probed_tokens / probed_units
     read_by_model = regressed + HELD_OUT * probed_tokens + shard_tokens
-    return read_by_target * flops_per_token(target, seq_length) + read_by_model * trunk_flops_per_token(
+    return read_by_probed * flops_per_token(probed, seq_length) + read_by_model * trunk_flops_per_token(
         proxy, seq_length
     )
 

@@ -51,6 +51,10 @@ class Step:
     beta2: float = 0.95
     eps: float = 1e-8
 
+    def clipping(self, norm: float) -> float:
+        """What a gradient of this norm is multiplied by."""
+        return min(1.0, self.clip_grad / (norm + 1e-6)) if self.clip_grad > 0 else 1.0
+
     def update(self, number: int, gradient: Tensor) -> Tensor:
         """lr u(g) of the weight ``number``; the gradient's memory may be used for it."""
         if self.moments is None:
@@ -87,17 +91,11 @@ class Probe:
             influence = self.loss - self._reference_loss()
         finally:
             self._restore()
-        if not math.isfinite(influence):
-            raise FloatingPointError(
-                f"found influence {influence} of unit {unit.unit_ids.tolist()}, expected a finite number: lower "
-                "baselines.mates.lr"
-            )
-        return influence
+        return finite(influence, unit, "mates")
 
     @torch.no_grad()
     def _move(self, norm: float) -> None:
-        limit = self.step.clip_grad
-        scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        scale = self.step.clipping(norm)
         for number, parameter in enumerate(parameters(self.target)):
             parameter.sub_(self.step.update(number, parameter.grad.mul_(scale)))
             parameter.grad = None
@@ -114,6 +112,16 @@ class Probe:
         if not total[1]:
             raise ValueError("found no labelled token in the reference samples, expected some: check the reference set")
         return (total[0] / total[1]).item()
+
+
+def finite(influence: float, unit: Batch, arm: str) -> float:
+    """The influence; FloatingPointError where it is no finite number."""
+    if not math.isfinite(influence):
+        raise FloatingPointError(
+            f"found influence {influence} of unit {unit.unit_ids.tolist()}, expected a finite number: lower "
+            f"baselines.{arm}.lr"
+        )
+    return influence
 
 
 def draw(size: int, count: int, seed: int, purpose: int) -> np.ndarray:
@@ -135,10 +143,35 @@ def make_step(inputs: Inputs, optimizer: str, lr: float, clip_grad: float, targe
     return Step(lr, clip_grad, moments, beta1=adam.adam_beta1, beta2=adam.adam_beta2, eps=adam.adam_eps)
 
 
-def measure_influences(
-    inputs: Inputs, units: np.ndarray, reference: Sequence[Batch], step_of: Callable[[Target], Step]
-) -> np.ndarray:
-    """Influence of every unit, fp64 in their order, on every rank; what files have already is not measured again."""
+@dataclass(frozen=True)
+class Oracle:
+    """Who measures influences: this rank's replica of the model, which opens where a unit is to be measured."""
+
+    open: Callable[[], Callable[[Batch], float]]
+    """Loads the model and returns unit -> influence; collective."""
+    replica: int
+    replicas: int
+    is_writer: bool
+    """Whether this rank writes what its replica has measured."""
+
+
+def target_oracle(inputs: Inputs, reference: Sequence[Batch], step_of: Callable[[Target], Step]) -> Oracle:
+    """The arm's target: a replica is what data parallelism makes one."""
+    groups = inputs.groups
+
+    def open_target() -> Callable[[Batch], float]:
+        target = inputs.load_target()
+        return Probe(target, step_of(target), reference, groups).influence
+
+    is_writer = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
+    return Oracle(open_target, groups.data_parallel_rank, groups.data_parallel_size, is_writer)
+
+
+def measure_influences(inputs: Inputs, units: np.ndarray, oracle: Oracle, name: str) -> np.ndarray:
+    """Influence of every unit, fp64 in their order, on every rank; what files have already is not measured again.
+
+    name: the arm, for the line of progress.
+    """
     groups, folder = inputs.groups, inputs.folder / "probes"
     parts = [units[start : start + PROBES_PER_FILE] for start in range(0, len(units), PROBES_PER_FILE)]
     paths = [folder / f"{number:06d}.npy" for number in range(len(parts))]
@@ -146,38 +179,29 @@ def measure_influences(
     work = [(paths[number], parts[number]) for number in missing]
     with progress(
         len(units),
-        description=f"{inputs.description} mates probes",
+        description=f"{inputs.description} {name} probes",
         unit="probes",
         enabled=inputs.show_progress,
         initial=len(units) - sum(len(part) for _, part in work),
     ) as bar:
         if work:
             folder.mkdir(parents=True, exist_ok=True)
-            _measure(inputs, work, reference, step_of, bar)
+            _measure(inputs, work, oracle, bar)
     with failing_together(groups):
         influences = np.concatenate([np.load(path) for path in paths]) if groups.is_main else None
     return broadcast_object(influences, groups)
 
 
-def _measure(
-    inputs: Inputs,
-    work: list[tuple[Path, np.ndarray]],
-    reference: Sequence[Batch],
-    step_of: Callable[[Target], Step],
-    bar: Progress,
-) -> None:
+def _measure(inputs: Inputs, work: list[tuple[Path, np.ndarray]], oracle: Oracle, bar: Progress) -> None:
     """Replicas take files in turn; after each turn all ranks meet, so that an error of one ends the others, too."""
-    groups = inputs.groups
-    target = inputs.load_target()
-    probe = Probe(target, step_of(target), reference, groups)
-    is_writer = groups.is_last_pipeline_stage and groups.tensor_model_parallel_rank == 0
-    for first in range(0, len(work), groups.data_parallel_size):
-        turn = work[first : first + groups.data_parallel_size]
-        with failing_together(groups):
-            for path, units in turn[groups.data_parallel_rank :][:1]:  # none, where the last turn is not full
-                influences = [probe.influence(inputs.source.batch(units[i : i + 1])) for i in range(len(units))]
-                if is_writer:
+    influence = oracle.open()
+    for first in range(0, len(work), oracle.replicas):
+        turn = work[first : first + oracle.replicas]
+        with failing_together(inputs.groups):
+            for path, units in turn[oracle.replica :][:1]:  # none, where the last turn is not full
+                influences = [influence(inputs.source.batch(units[i : i + 1])) for i in range(len(units))]
+                if oracle.is_writer:
                     save_array(path, np.array(influences))
         bar.update(sum(len(units) for _, units in turn))
-    del probe, target
+    del influence
     gc.collect()  # megatron-core's hooks hold weights in reference cycles

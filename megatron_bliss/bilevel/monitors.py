@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -111,11 +111,12 @@ def batch_metrics(
 class Monitors:
     """Counts signs over a stage; ``observe`` returns the warnings that have just become due."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, signs: Collection[str] = tuple(SIGNS)) -> None:
+        """``signs``: names of those in SIGNS that the stage logs values for."""
         self.limits = limits
         self.warnings: list[str] = []
         self.validation_losses: deque[float] = deque(maxlen=RECENT)
-        self._seen = {name: deque(maxlen=PATIENCE) for name in SIGNS}
+        self._seen = {name: deque(maxlen=PATIENCE) for name in signs}
         self._warned: set[str] = set()
 
     def observe(self, step: int, values: Values) -> list[str]:
@@ -133,7 +134,7 @@ class Monitors:
                 "bilevel.score_optimizer.lr; the state before it is in the last checkpoint"
             )
         self.validation_losses.append(values["validation_loss"])
-        new = [f"step {step}: {SIGNS[name][1]}" for name in SIGNS if self._is_due(name, values)]
+        new = [f"step {step}: {SIGNS[name][1]}" for name in self._seen if self._is_due(name, values)]
         self.warnings += new
         return new
 

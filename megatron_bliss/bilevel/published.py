@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -112,6 +112,10 @@ class PublishedTrainer:
         replicas = {name: flat(model.parameters()).detach() for name, model in models.items()}
         check_replicas(replicas, self.world.world_group)
         return self.monitors.observe(self.steps_done, values)
+
+    def learned(self) -> dict[str, Any]:
+        """Both models, as a stage leaves them."""
+        return {"proxy": self.proxy.state_dict(), "score_model": self.score_model.state_dict()}
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on; z starts anew in each."""

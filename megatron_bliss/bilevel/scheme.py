@@ -23,7 +23,7 @@ class Scheme:
     """One way to carry out a bilevel stage."""
 
     trainer: Callable[..., Any]
-    """The arguments of ``BilevelTrainer`` -> a trainer with its methods and monitors."""
+    """The arguments of ``BilevelTrainer`` -> a trainer with its methods, monitors, and what it has learned."""
     flops: Callable[[BilevelConfig, Architecture, Architecture, int, ScoreArchitecture], float]
     """(options, proxy, target, sequence length, score model) -> model FLOPs of the stage in one round."""
     batches: Callable[[BilevelConfig], int]
@@ -35,6 +35,8 @@ class Scheme:
     """Vectors as large as the proxy that are kept between steps, beside weights and moments."""
     to_shrink: str
     """What to change where a step takes too much memory; {room}: GiB that are free for it."""
+    learns_scores: bool = True
+    """Whether it trains a score model; without one, the trainer is given None."""
     every_rank_draws: bool = False
     """Whether it needs a sample of each batch on every rank."""
 

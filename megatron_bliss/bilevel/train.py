@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -173,6 +173,10 @@ class BilevelTrainer:
         replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
         check_replicas(replicas, self.world.world_group)
         return self.monitors.observe(self.steps_done, values)
+
+    def learned(self) -> dict[str, Any]:
+        """Both models, as a stage leaves them."""
+        return {"proxy": self.proxy.state_dict(), "score_model": self.score_model.state_dict()}
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""

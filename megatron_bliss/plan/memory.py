@@ -150,8 +150,9 @@ class _Sizing:
         """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
         settings, scheme = stage
         element_size = DTYPES[settings.params_dtype].itemsize
-        count = self.proxy_count + self.score_model.parameters
-        copied = self._pass_bytes(element_size) if self.score_model.trunk_parameters else 0
+        learned = self.score_model.parameters if scheme.learns_scores else 0
+        count = self.proxy_count + learned
+        copied = self._pass_bytes(element_size) if learned and self.score_model.trunk_parameters else 0
         copies = element_size * self.proxy_count + copied
         parameters = FP32_BYTES * count + (copies if element_size < FP32_BYTES else 0)
         optimizer = MOMENT_BYTES * count + FP32_BYTES * scheme.held_vectors * self.proxy_count

@@ -65,7 +65,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     arm = ARMS[this.arm]
     settings = arm.bilevel_options(config.bilevel)
     proxy = _start_proxy(this)
-    score_model = _start_score_model(this, proxy)
+    score_model = _start_score_model(this, proxy) if arm.scheme.learns_scores else None
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size)
@@ -82,11 +82,13 @@ def learn_scores(this: Round, folder: Path) -> dict:
     for warning in warnings if session.groups.is_main else []:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
-    state = {"proxy": proxy.state_dict(), "score_model": score_model.state_dict()}
-    described = {"architecture": asdict(proxy.architecture), "activation": config.score.activation}
-    _save_final(session, folder, state | described | {"score": describe(config.score, session.eod)})
+    described = {"architecture": asdict(proxy.architecture)}
+    if score_model is not None:
+        described |= {"activation": config.score.activation, "score": describe(config.score, session.eod)}
+    _save_final(session, folder, trainer.learned() | described)
     models = session.proxy_architecture, session.target_architecture
-    flops = arm.scheme.flops(settings, *models, config.data.seq_length, score_model.score_architecture)
+    score = score_model.score_architecture if score_model is not None else None
+    flops = arm.scheme.flops(settings, *models, config.data.seq_length, score)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([*_validation_losses(this), loss])
     if advice:
@@ -146,6 +148,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
         target_optimizer=config.pretraining.optimizer,
         load_proxy=lambda: _warm_proxy(session),
         load_score_model=lambda: _trained_score_model(this),
+        load_tied_proxy=lambda: _tied_proxy(this),
         new_score_model=lambda: _new_regressor(this),
         train=train,
     )
@@ -167,6 +170,12 @@ def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:
     described = {"model_digest": sha256_file(path), "family": config.score.family}
     described |= {"activation": config.score.activation, "params_dtype": dtype}
     return model.to(DTYPES[dtype]), described
+
+
+def _tied_proxy(this: Round) -> tuple[LanguageModel, dict]:
+    """The proxy as the round's bilevel stage left it, fp32, and its Adam state by name."""
+    folder, _ = this.require("bilevel", "score")
+    return _saved_proxy(this.session, folder, "score"), checkpoint.load_state(folder / FINAL_STATE)["adam"]
 
 
 def _new_regressor(this: Round) -> ScoreModel:

@@ -262,6 +262,7 @@ def make_inputs(folder: Path, parts: Path, groups, **changes) -> Inputs:
         "target_optimizer": OptimizerConfig(),
         "load_proxy": None,
         "load_score_model": None,
+        "load_tied_proxy": None,
         "new_score_model": functools.partial(
             build_score_model, ScoreConfig(activation="identity"), replace(NEOX, num_layers=1), seed=7
         ),
