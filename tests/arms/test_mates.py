@@ -292,7 +292,8 @@ def test_replicas_share_the_probes(folder: Path, alone: Scores) -> None:
         f"{number:06d}.npy" for number in range(3)
     ]
     for path in (folder / "ranks" / "probes").iterdir():
-        np.testing.assert_array_equal(np.load(path), np.load(folder / "alone" / "probes" / path.name))
+        # sums depend in their last bit on where memory lies, which differs between processes
+        np.testing.assert_allclose(np.load(path), np.load(folder / "alone" / "probes" / path.name), rtol=1e-5)
     np.testing.assert_allclose(values, alone.values, rtol=1e-4, atol=1e-6)
     assert settings["held_out_spearman"] == alone.settings["held_out_spearman"]
 
