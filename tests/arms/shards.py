@@ -43,6 +43,7 @@ def make_inputs(data: Path, groups, **changes) -> Inputs:
         "target_optimizer": None,
         "load_proxy": None,
         "load_score_model": None,
+        "load_tied_proxy": None,
         "new_score_model": None,
         "train": None,
     }
