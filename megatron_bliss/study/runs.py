@@ -69,7 +69,7 @@ def study_runs(study: Study, output: Path, only: Collection[str] = ()) -> list[S
     unknown = set(only) - {arm for variant in study.variants for arm in study.arms_of(variant)}
     if unknown:
         raise ValueError(f"found --only {', '.join(sorted(unknown))}, expected arms of the study: change --only")
-    configs = {variant: _resolve(study, variant) for variant in study.variants}
+    configs = {variant: variant_config(study, variant) for variant in study.variants}
     runs = []
     for seed in study.seeds:
         for variant, config in configs.items():
@@ -90,7 +90,7 @@ def study_runs(study: Study, output: Path, only: Collection[str] = ()) -> list[S
     return runs
 
 
-def _resolve(study: Study, variant: str) -> Config:
+def variant_config(study: Study, variant: str) -> Config:
     """A variant's options, as a run would read them."""
     options = merged(study.base, study.variants[variant]) | {"arms": study.arms_of(variant)}
     said = io.StringIO()

@@ -10,7 +10,9 @@ from megatron_bliss.config.config import Config
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.models.presets import parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
-from megatron_bliss.run.checks import check_layout, parse_arguments
+from megatron_bliss.run.checks import check_layout, check_options, parse_arguments
+from megatron_bliss.study.description import read_study
+from megatron_bliss.study.runs import variant_config
 from tests.data.corpora import documents, write_lines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -23,6 +25,7 @@ LAYOUTS = {
     "llama_0p5b_c4": (494_859_520, 8),
 }
 DEVICES = 8
+STUDIES = [path for path in sorted(EXAMPLES.glob("studies/*/*.yaml")) if path.stem != "base"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,20 @@ def test_every_example_configuration_is_known() -> None:
     assert found == set(LAYOUTS)
     for name in found:
         assert f"run_folder: runs/{name}" in (EXAMPLES / name / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_has_runs_that_can_begin(path: Path) -> None:
+    """All but their data, which prepare.sh makes."""
+    study = read_study(path)
+    assert len(study.seeds) >= 3 and study.longer
+    for variant in study.variants:
+        check_options(dataclasses.replace(variant_config(study, variant), run_folder="runs/any"))
+    prepared = (path.parent / "prepare.sh").read_text()
+    data = variant_config(study, next(iter(study.variants))).data
+    for prefix in (data.train_prefix, data.validation_prefix, *data.test_prefixes, *data.other_prefixes):
+        name = Path(prefix).name
+        assert f"prepare {name} " in prepared or f'/{name}"' in prepared or name.startswith("heldout_"), name
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 # "format" are reported where present. PASSAGES: text like LAMBADA's; every second one guides the selection, the others are
 # held out. C4, OPENWEBTEXT: held-out text that the guide does not speak for.
 # ITEMS: task items, one file a task (ARC, SciQ, HellaSwag, PIQA, BoolQ; tools/prepare_evaluation.py tells their fields).
-# With the passages they are the guide of mixed.yaml, as many labelled tokens of each; every second item is held out.
+# With the passages they are the guide of mixed.yaml, as many units of each; every second item is held out.
 set -euo pipefail
 if [ $# -lt 4 ]; then
   sed -n '2,9s/^# //p' "$0" >&2
@@ -29,7 +29,7 @@ mkdir -p "$data"
 # NAME SPLIT LABEL INPUT, or several labels and inputs with --weights
 prepare() {
   "$python" tools/prepare_validation.py --output-prefix "$data/$1" --split "$2" --label $3 --input "${@:4}" \
-    --tokenizer-model "$data/tokenizer.json" --max-length 64
+    --tokenizer-model "$data/tokenizer.json" --max-length 64 --max-bad-fraction 0.2   # answers longer than a unit
 }
 prepare guide 1/2 all "$passages"
 prepare heldout 2/2 all "$passages"
@@ -42,5 +42,5 @@ if [ ${#items[@]} -gt 0 ]; then
     prepare "heldout_${name%%.*}" 2/2 answer "$file"
     labels+=" answer" weights+=" 1"
   done
-  prepare guide_mixed 1/2 "$labels" "$passages" "${items[@]}" --weights $weights --weight-by labels
+  prepare guide_mixed 1/2 "$labels" "$passages" "${items[@]}" --weights $weights
 fi
