@@ -24,6 +24,17 @@ from megatron_bliss.study.warmup import FREE, share_warmup
 from tests.runs import ROOT, environment, metric_lines
 from tests.study.studies import VARIANTS, write_study
 
+FAILING_RUN = """
+import os, pathlib, sys, time
+print('rank', os.environ.get('RANK'), *sys.argv[1:], flush=True)
+folder = pathlib.Path(__file__).parent
+(folder / f"said_{os.environ.get('RANK')}").touch()
+while len(list(folder.glob("said_*"))) < int(os.environ.get("WORLD_SIZE", 1)):  # one that fails ends the others
+    time.sleep(0.01)
+sys.exit(3)
+"""
+"""Says how it was started, and fails when all its processes have said so."""
+
 
 def command(study: Path, output: Path, *options: str) -> list[str]:
     return [sys.executable, str(ROOT / "tools/study.py"), str(study), "--output", str(output), *options]
@@ -145,7 +156,7 @@ def test_other_options_in_a_finished_study_are_refused(corpus: Path, finished: P
 def test_a_failed_run_ends_the_study_and_says_where(given: Path, tmp_path: Path, processes: int) -> None:
     """A stand-in for the run says how it was started, and fails."""
     entry, output = tmp_path / "entry.py", tmp_path / "failed"
-    entry.write_text("import os, sys\nprint('rank', os.environ.get('RANK'), *sys.argv[1:], flush=True)\nsys.exit(3)\n")
+    entry.write_text(FAILING_RUN)
     with pytest.raises(ValueError, match=f"found status .* of seed 1, hard, expected a finished run: mend .*{output}"):
         run_all(runs_of(given, output), output, entry, processes)
     said = (output / "runs/seed_1/hard.log").read_text()
