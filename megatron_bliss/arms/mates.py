@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.config.bounds import bounded
 from megatron_bliss.models.flops import BACKWARD_TO_FORWARD
 from megatron_bliss.models.presets import Architecture, flops_per_token, trunk_flops_per_token
-
-if TYPE_CHECKING:  # arms' files are imported to read options, this takes seconds
-    from megatron_bliss.data.batches import Batch
 
 FEWEST_PROBES = 20
 """So that two are held out; a rank correlation that says something takes hundreds."""
@@ -85,7 +82,8 @@ class Probes:
     """What a round measures: units of the shard, int64 [n] in random order, on batches of reference samples."""
 
     units: np.ndarray
-    reference: list[Batch]
+    reference: list[Any]
+    """Batch objects; their type would load torch when options are read (arm.py)."""
 
 
 def draw_probes(name: str, options: MatesConfig, inputs: Inputs) -> Probes:

@@ -39,7 +39,7 @@ def parse_options(arguments: Sequence[str] | None, tables: Tables) -> Config:
     """The command line (``sys.argv`` for None) as a configuration, without the checks of what cannot work."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "pretrain_bliss.py --config FILE [--option VALUE ...]"
-    parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__)
+    parser = ArgumentParser(prog="pretrain_bliss.py", usage=usage, description=Config.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     whole = _whole(tables)
     parser.add_class_arguments(whole, as_group=False, fail_untyped=True)

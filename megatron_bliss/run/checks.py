@@ -103,6 +103,8 @@ def _check_run(config: Config) -> None:
         raise ValueError("found no run folder, expected a path for everything the run writes: set --run_folder")
     if not config.arms or not all(name in ARMS for name in config.arms):
         raise ValueError(f"found arms {config.arms}, expected a choice of {', '.join(ARMS)}")
+    if len(set(config.arms)) < len(config.arms):
+        raise ValueError(f"found arms {config.arms}, expected each of them once: take out what stands there twice")
     if config.stage is None and (config.round is not None or config.arm is not None):
         raise ValueError("found --round or --arm without --stage, expected --stage with them (one stage alone)")
     if config.stage == "decay_branch" and not config.pretraining.decay_branch_iters:

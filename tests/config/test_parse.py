@@ -106,6 +106,7 @@ def test_every_example_file_is_understood(path: Path, options: list[str]) -> Non
         "--bilevel.solver=magic",
         "--selection.policy=luck",
         "--selection.fractoin=1",
+        "--bilevel.upper_iter=3",  # no abbreviations: a new option could change what one means
     ],
 )
 def test_unknown_keys_and_wrong_types_end_the_program(wrong: str, options: list[str], capsys) -> None:

@@ -20,6 +20,7 @@ from megatron_bliss.selection import near_duplicates
     [
         ("--run_folder=", "--run_folder"),
         ("--arms=bliss,magic", "bliss, random"),
+        ("--arms=bliss,random,bliss", "expected each of them once"),
         ("--rounds=0", "found rounds 0, expected 1 or more"),
         ("--stage=decay_branch", "decay_branch_iters 0, expected 1 or more for --stage decay_branch"),
         ("--target.pretrained_checkpoint=gone", "target.pretrained_checkpoint 'gone', expected the folder of a model"),
