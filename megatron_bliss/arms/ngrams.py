@@ -17,13 +17,18 @@ def log_ratios(reference: np.ndarray, pool: np.ndarray, smoothing: float = 0.0) 
 
     smoothing s: with c the reference's counts, p_j = (c_j + s m q_j) / (sum c + s m), so that p tends to q.
     """
-    for name, counts in (("reference set", reference), ("shard", pool)):
-        if not counts.sum():
-            raise ValueError(f"found no n-gram in the {name}, expected text: check its tokens and its eod token")
+    require_ngrams(reference, pool)
     q = pool / pool.sum()
     smoothed = reference + smoothing * len(q) * q
     p = smoothed / smoothed.sum()
     return np.log(p + SMOOTHING) - np.log(q + SMOOTHING)
+
+
+def require_ngrams(reference: np.ndarray, pool: np.ndarray) -> None:
+    """ValueError where one of two bags of n-grams, counts [buckets] each, is empty."""
+    for name, counts in (("reference set", reference), ("shard", pool)):
+        if not counts.sum():
+            raise ValueError(f"found no n-gram in the {name}, expected text: check its tokens and its eod token")
 
 
 def _read(source: UnitDataset, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -139,8 +139,10 @@ class Monitors:
         return new
 
     @property
-    def validation_loss(self) -> float:
-        """Mean of the last observations."""
+    def validation_loss(self) -> float | None:
+        """Mean of the last observations; None before any."""
+        if not self.validation_losses:
+            return None
         return sum(self.validation_losses) / len(self.validation_losses)
 
     def state_dict(self) -> dict:

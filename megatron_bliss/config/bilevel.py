@@ -17,8 +17,8 @@ Curvature = Literal["gauss_newton", "hessian"]
 class BilevelConfig:
     """The bilevel stage: equations (1) to (7) of BLISS (arXiv 2510.06048)."""
 
-    upper_iters: int = bounded(3000, minimum=1)
-    """Upper-level steps a round."""
+    upper_iters: int = bounded(3000, minimum=0)
+    """Upper-level steps a round (0: the scores stay those of score.init_from, importance or counts)."""
     lower_iters: int = bounded(1, minimum=1)
     """T, lower-level steps of the proxy per upper-level step."""
     global_batch_size: int = bounded(32, minimum=1)

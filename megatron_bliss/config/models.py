@@ -11,6 +11,7 @@ from megatron_bliss.config.training import OptimizerConfig
 
 Family = Literal["gpt_neox", "llama"]
 Activation = Literal["sigmoid", "identity"]
+ScoreStart = Literal["proxy", "fresh", "importance", "counts"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ class ScoreConfig:
     """What f in s_i = a(f(theta_s; xi_i)) is."""
     activation: Activation = "sigmoid"
     """a in s_i = a(f(theta_s; xi_i))."""
-    init_from: Literal["proxy", "fresh"] = "proxy"
-    """transformer, both: trunk at the first round: the warmed-up proxy's, or newly initialised."""
+    init_from: ScoreStart = "proxy"
+    """What the first round starts from. proxy, fresh (transformer, both): the trunk is the warmed-up proxy's, or newly
+    initialised; a table of n-grams is 0. importance, counts (ngram, both): the trunk is the proxy's, and the table says
+    what counts alone can: the guide's n-grams against the shard's, or against those of the best selection."""
     carry_over: bool = True
     """Each round goes on with the last round's score model; false: start anew each round."""
     head_init_std: float = bounded(0.0, minimum=0)
@@ -116,3 +119,10 @@ class ScoreConfig:
     ngram_scale: float = bounded(32.0, above=0)
     """ngram, both: f = this x mean of the unit's entries. 32 suits a bilevel.score_optimizer with lr 1e-2 and
     weight_decay 0; at a lower rate (both: a trunk's, such as 1e-3) a larger scale learns as fast."""
+    start_deviation: float = bounded(1.0, above=0)
+    """ngram, both: with init_from importance or counts: standard deviation of the raw scores at the start."""
+    count_smoothing: float = bounded(0.1, minimum=0)
+    """ngram, both: with init_from importance or counts: n-grams per bucket, spread over the buckets as the shard's own
+    are, that are added to the guide's counts: n-grams that a small guide lacks weigh less."""
+    count_prior: float = bounded(0.05, above=0, below=1)
+    """ngram, both: with init_from counts: share of the shard's own n-grams in what a selection is taken to teach."""

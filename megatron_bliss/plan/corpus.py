@@ -16,7 +16,7 @@ from megatron_bliss.data.splits import parse_split
 from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.run.corpora import deal_units
-from megatron_bliss.run.order import round_stages, selection_of
+from megatron_bliss.run.order import ASSUMED_SHARE, round_stages, round_tokens, selection_of
 from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
@@ -26,8 +26,6 @@ DEFAULT_VOCABULARY = 50304
 VIEW_BYTES = 28
 """A unit in a shard or subset: length, pointer and document in the index (20), and its number in the corpus (8)."""
 SCORE_BYTES = 4
-ASSUMED_SHARE = 0.2
-"""Of a shard that a selection keeps, where the scores decide: the paper's."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,6 @@ def plan_corpus(config: Config, corpus_tokens: int | None) -> Corpus:
     text = f"corpus not made yet: {total:,} tokens {why}, in units of {config.data.seq_length} (--corpus-tokens)"
     units = -(-shard // config.data.seq_length)
     return Corpus([units] * shards, [shard] * shards, -(-total // config.data.seq_length), total, False, [text])
-
-
-def round_tokens(config: Config) -> int:
-    """Tokens that the target trains on in one round."""
-    training = config.pretraining
-    return training.train_iters * training.global_batch_size * config.data.seq_length
 
 
 def data_plan(config: Config, corpus: Corpus) -> dict:

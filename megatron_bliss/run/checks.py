@@ -16,6 +16,7 @@ from megatron_bliss.data.provenance import require_field
 from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.families import check_family
+from megatron_bliss.models.families.family import TABLE_STARTS
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
 from megatron_bliss.run.order import round_stages
@@ -129,8 +130,24 @@ def _check_sections(config: Config) -> None:
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     check_family(config.score)
+    _check_upper_steps(config)
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
+
+
+def _check_upper_steps(config: Config) -> None:
+    """Without a step, scores are those that the score model starts with."""
+    learning = [arm for arm in config.arms if "bilevel" in ARMS[arm].stages]
+    if config.bilevel.upper_iters or not learning:
+        return
+    if config.score.init_from not in TABLE_STARTS:
+        raise ValueError(
+            f"found bilevel.upper_iters 0 with score.init_from {config.score.init_from}, expected at least one step, "
+            f"or score.init_from {' or '.join(TABLE_STARTS)}: all scores would be equal"
+        )
+    without = [arm for arm in learning if not ARMS[arm].scheme.learns_scores]
+    if without:
+        raise ValueError(f"found bilevel.upper_iters 0, expected at least one step for the arm {', '.join(without)}")
 
 
 def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:

@@ -10,6 +10,8 @@ from megatron_bliss.selection.select import in_round
 
 OWN_STAGES = ROUND_STAGES[: ROUND_STAGES.index("score")]
 """Stages that only the arms have that ask for them."""
+ASSUMED_SHARE = 0.2
+"""Of a shard that a selection keeps, where the scores decide: the paper's."""
 
 
 def selection_of(config: Config, arm: str, number: int) -> SelectionConfig:
@@ -24,3 +26,9 @@ def round_stages(config: Config, arm: str) -> list[str]:
     optional = {stage: stage in ARMS[arm].stages for stage in OWN_STAGES}
     optional["decay_branch"] = config.pretraining.decay_branch_iters > 0
     return [stage for stage in ROUND_STAGES if optional.get(stage, True)]
+
+
+def round_tokens(config: Config) -> int:
+    """Tokens that the target trains on in one round."""
+    training = config.pretraining
+    return training.train_iters * training.global_batch_size * config.data.seq_length

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.inputs import Inputs
+from megatron_bliss.arms.score_starts import TABLES, fill_table
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
@@ -33,11 +34,11 @@ from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
-from megatron_bliss.run.order import selection_of
+from megatron_bliss.run.order import ASSUMED_SHARE, round_tokens, selection_of
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
+from megatron_bliss.selection.select import apply_policy, kept_share, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
 
@@ -90,7 +91,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     score = score_model.score_architecture if score_model is not None else None
     flops = arm.scheme.flops(settings, *models, config.data.seq_length, score)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
-    advice = validation_advice([*_validation_losses(this), loss])
+    advice = validation_advice([value for value in (*_validation_losses(this), loss) if value is not None])
     if advice:
         warnings = [*warnings, advice]
         if session.groups.is_main:
@@ -98,8 +99,8 @@ def learn_scores(this: Round, folder: Path) -> dict:
     return {"flops": flops, "validation_loss": loss, "warnings": warnings}
 
 
-def _validation_losses(this: Round) -> list[float]:
-    """The proxy's validation loss at the end of every round before this one."""
+def _validation_losses(this: Round) -> list[float | None]:
+    """The proxy's validation loss at the end of every round before this one; None: no upper step was made."""
     before = [dataclasses.replace(this, number=number) for number in range(1, this.number)]
     return [one.require("bilevel", "bilevel")[1]["validation_loss"] for one in before]
 
@@ -193,7 +194,7 @@ def select_units(this: Round, folder: Path) -> dict:
     """Rewrite the shard's index to the units that the policy keeps; keep samples of both ends for the report."""
     session, config, selected = this.session, this.session.config, ""
     prefix, selection = shard_prefix(session, this.number), selection_of(config, this.arm, this.number)
-    round_tokens = config.pretraining.train_iters * config.pretraining.global_batch_size * config.data.seq_length
+    tokens_needed = round_tokens(config)
     score_folder, _ = this.require("score", "select")
     with failing_together(session.groups):
         if session.groups.is_main:
@@ -201,7 +202,7 @@ def select_units(this: Round, folder: Path) -> dict:
             _check_scores_belong(settings, prefix, score_folder)
             scores = np.load(score_folder / "scores.npy", allow_pickle=False)
             seed = this.seed("select")
-            ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=round_tokens)
+            ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=tokens_needed)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})
             write_json(folder / "samples.json", best_and_worst(prefix, scores))
     if not session.groups.is_main:
@@ -211,7 +212,7 @@ def select_units(this: Round, folder: Path) -> dict:
     for line in selection_lines(manifest["policy"]):
         print(f"{this.arm}, round {this.number}: {line}", file=sys.stderr, flush=True)
     keeps_all = ARMS[this.arm].keeps_all
-    warnings = repetition_warnings(round_tokens, counts["tokens"], selection, keeps_all=keeps_all)
+    warnings = repetition_warnings(tokens_needed, counts["tokens"], selection, keeps_all=keeps_all)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {
@@ -259,11 +260,24 @@ def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreMode
 def _start_score_model(this: Round, proxy: LanguageModel) -> ScoreModel:
     """The score model a round starts from: the last round's, or a new one on the warmed-up proxy's or a fresh trunk."""
     config = this.session.config.score
-    model = _new_score_model(this.session, proxy if config.init_from == "proxy" else None)
+    model = _new_score_model(this.session, None if config.init_from == "fresh" else proxy)
     if config.carry_over and this.number > 1:
         folder, _ = this.before.require("bilevel", f"bilevel of round {this.number}")
         model.load_state_dict(checkpoint.load_state(folder / FINAL_STATE)["score_model"])
+    elif config.init_from in TABLES:
+        _count_start(this, model)
     return model
+
+
+def _count_start(this: Round, model: ScoreModel) -> None:
+    """Start the model's table from counts of the round's shard and the guide."""
+    session, config = this.session, this.session.config
+    length, size = config.data.seq_length, session.vocab_size
+    source = UnitDataset(shard_prefix(session, this.number), length, size)
+    selection = selection_of(config, this.arm, this.number)
+    share = kept_share(selection, float(source.corpus.lengths.sum(dtype=np.int64)), round_tokens(config))
+    reference = open_labelled(guide_prefix(session), length, size)
+    fill_table(model.ngrams, config.score, source, reference, share or ASSUMED_SHARE, session.groups)
 
 
 def _teacher(this: Round, settings: BilevelConfig) -> TargetTeacher:

@@ -51,7 +51,54 @@ def test_a_killed_run_ends_with_the_same_numbers_and_those_planned(corpus: Path,
     assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]} == recorded
 
 
+COUNTS = (*OPTIONS, "--score.family", "ngram", "--score.activation", "identity", "--score.init_from", "counts")
+
+
+def test_a_run_by_counts_alone_makes_no_bilevel_step(corpus: Path, tmp_path: Path) -> None:
+    options = (*COUNTS, "--bilevel.upper_iters", "0", "--score.carry_over", "false")
+    done = run(corpus, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    scores = [np.load(tmp_path / f"run/bliss/round_{number:02d}/score/scores.npy") for number in (1, 2)]
+    for found in scores:
+        assert 0.5 < found.std() < 2 and len(np.unique(found)) > 10
+    assert not [line for line in metric_lines(tmp_path / "run") if line.get("stage") == "bilevel"]
+    record = json.loads((tmp_path / "run/bliss/round_02/bilevel/done.json").read_text())
+    assert record["flops"] == 0 and record["validation_loss"] is None
+    planned = make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))
+    recorded = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in read_stages(tmp_path / "run")}
+    assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]} == recorded
+    summary, page = (tmp_path / "run" / name for name in ("summary.json", "report.html"))
+    assert "bliss" in json.loads(summary.read_text())["arms"] and "bliss" in page.read_text()
+
+
+def test_steps_go_on_from_the_counts_and_a_killed_stage_from_its_steps(corpus: Path, tmp_path: Path) -> None:
+    options, whole, killed = (*COUNTS, "--rounds", "1"), tmp_path / "whole", tmp_path / "killed"
+    assert (done := run(corpus, whole, *options)).returncode == 0, done.stderr
+    kill_when(corpus, killed, "bliss/round_01/bilevel/latest.pt", *options)
+    assert (done := run(corpus, killed, *options)).returncode == 0, done.stderr
+    assert metric_lines(killed) == metric_lines(whole)
+    scores = [(folder / "bliss/round_01/score/scores.npy").read_bytes() for folder in (killed, whole)]
+    assert scores[0] == scores[1]
+    tables = []
+    for folder, steps in ((whole, "8"), (tmp_path / "none", "0")):
+        if steps == "0":
+            assert (done := run(corpus, folder, *options, "--bilevel.upper_iters", steps)).returncode == 0, done.stderr
+        state = checkpoint.load_state(folder / "bliss/round_01/bilevel/final.pt")
+        tables.append(saved_score_model(state).ngrams.table.detach())
+    moved = (tables[0] - tables[1]).abs()
+    assert tables[1].abs().max() > 0 and 0 < moved.max() < 0.2  # 8 steps of 1e-2 at most
+
+
 def test_an_option_of_another_family_is_refused_before_anything_runs(corpus: Path, tmp_path: Path) -> None:
     refused = run(corpus, tmp_path / "run", "--score.family", "ngram", "--score.head_init_std", "0.1")
     assert refused.returncode == 2 and "found score.head_init_std 0.1 with score.family ngram" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_step_without_a_start_is_refused_before_anything_runs(corpus: Path, tmp_path: Path) -> None:
+    refused = run(corpus, tmp_path / "run", *OPTIONS, "--score.family", "ngram", "--bilevel.upper_iters", "0")
+    assert refused.returncode == 2 and "found bilevel.upper_iters 0 with score.init_from proxy" in refused.stderr
+    options = (*COUNTS, "--bilevel.upper_iters", "0", "--arms", "bliss,mates_kl")
+    refused = run(corpus, tmp_path / "run", *options)
+    assert refused.returncode == 2 and "expected at least one step for the arm mates_kl" in refused.stderr
     assert not (tmp_path / "run").exists()

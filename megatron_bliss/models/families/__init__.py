@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from megatron_bliss.config.choices import Choices
 from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.models.families.family import START_OPTIONS
 
 FAMILIES = Choices("megatron_bliss.models.families", "FAMILY", ("transformer", "ngram", "both"))
 """score.family → :class:`~megatron_bliss.models.families.family.Family`."""
@@ -22,4 +23,17 @@ def check_family(config: ScoreConfig) -> None:
             raise ValueError(
                 f"found score.{name} {value} with score.family {config.family}, expected its default "
                 f"{defaults[name]}: it is for {' and '.join(families)} alone; leave it out, or set score.family"
+            )
+    starts = FAMILIES[config.family].starts
+    if config.init_from not in starts:
+        raise ValueError(
+            f"found score.init_from {config.init_from} with score.family {config.family}, expected "
+            f"{', '.join(starts)}: change one of the two"
+        )
+    for name, needing in START_OPTIONS.items():
+        value = getattr(config, name)
+        if config.init_from not in needing and value != defaults[name]:
+            raise ValueError(
+                f"found score.{name} {value} with score.init_from {config.init_from}, expected its default "
+                f"{defaults[name]}: it is for {' and '.join(needing)} alone; leave it out, or set score.init_from"
             )

@@ -23,6 +23,8 @@ class Family:
     """(the section ``score``, the proxy) -> the parts that a model of this family has."""
     options: tuple[str, ...]
     """Fields of the section that say something to it, of those that do not hold for every family."""
+    starts: tuple[str, ...]
+    """What score.init_from may be; a family without a trunk or a table ignores that part of it."""
 
 
 def ngram_architecture(config: ScoreConfig) -> NgramArchitecture:
@@ -30,5 +32,9 @@ def ngram_architecture(config: ScoreConfig) -> NgramArchitecture:
     return NgramArchitecture(config.ngram_max, config.ngram_buckets, config.ngram_scale)
 
 
-TRUNK_OPTIONS = ("init_from", "head_init_std")
-NGRAM_OPTIONS = ("ngram_max", "ngram_buckets", "ngram_scale")
+TRUNK_STARTS = ("proxy", "fresh")
+TABLE_STARTS = ("importance", "counts")
+START_OPTIONS = {"start_deviation": TABLE_STARTS, "count_smoothing": TABLE_STARTS, "count_prior": ("counts",)}
+"""Option -> the values of score.init_from that it says something to."""
+TRUNK_OPTIONS = ("head_init_std",)
+NGRAM_OPTIONS = ("ngram_max", "ngram_buckets", "ngram_scale", *START_OPTIONS)

@@ -1,0 +1,99 @@
+"""Tables of n-grams that a score model starts with: what counts alone can say of the guide and the shard.
+
+A table has one number a bucket, and a unit's score is the mean over its n-grams, as in models/score.py. Numbers are
+shifted and scaled such that the scores of the counted units have mean 0 and the deviation asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_bliss.arms.ngrams import count_reference, log_ratios, ngrams_of, require_ngrams
+from megatron_bliss.base.parallel import Groups, failing_together
+from megatron_bliss.bilevel.count_proxy import Occurrences, solve_counts
+from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.data.batches import BatchSource, UnitDataset
+from megatron_bliss.data.ngrams import NgramBuckets
+from megatron_bliss.models.score import NgramTable
+from megatron_bliss.selection.score_pass import BLOCK_UNITS
+
+COUNTED_TOKENS = 2**23
+"""Tokens of a shard that are counted at most, in blocks of units from all over it: 64 for each bucket of 2^17."""
+STEPS, TOLERANCE = 100, 1e-4
+"""Frank-Wolfe steps at most, and nats per n-gram above the minimum that are near enough."""
+
+
+def importance_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> np.ndarray:
+    """log p_j - log q_j, float64 [m]: p of the guide, smoothed, q of the shard (arXiv 2302.03169)."""
+    return log_ratios(guide, found.total(), config.count_smoothing)
+
+
+def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> np.ndarray:
+    """p_j / q_j, float64 [m]: q of the best selection of ``share`` of the shard (bilevel/count_proxy.py)."""
+    pool = found.total()
+    require_ngrams(guide, pool)
+    smoothed = np.where(pool > 0, guide + config.count_smoothing * len(pool) * pool / pool.sum(), 0.0)
+    if not smoothed.sum():
+        raise ValueError(
+            "found no n-gram that the guide and the shard have in common, expected some: check that both are text of "
+            "one kind of tokens, or raise score.count_smoothing"
+        )
+    problem = smoothed / smoothed.sum(), share
+    return solve_counts(found, *problem, prior=config.count_prior, steps=STEPS, tolerance=TOLERANCE).ratios
+
+
+TABLES: dict[str, Callable[[ScoreConfig, Occurrences, np.ndarray, float], np.ndarray]] = {
+    "importance": importance_table,
+    "counts": matching_table,
+}
+"""score.init_from -> (section score, n-grams of units, the guide's counts [m], share to be kept) -> numbers [m]."""
+
+
+def fill_table(
+    table: NgramTable,
+    config: ScoreConfig,
+    source: UnitDataset,
+    reference: BatchSource,
+    share: float,
+    groups: Groups,
+) -> None:
+    """Start ``table`` as ``config.init_from`` says; collective: the main rank counts, all get the same numbers."""
+    with failing_together(groups):
+        if groups.is_main:
+            counter = NgramBuckets(table.arch.buckets, table.arch.max_ngram, table.eod)
+            ids = counted_units(source)
+            found = Occurrences(*ngrams_of(counter, source, ids), len(ids), counter.buckets)
+            guide = count_reference(counter, reference)
+            numbers = scaled(TABLES[config.init_from](config, found, guide, share), found, config.start_deviation)
+            start = torch.from_numpy(numbers / table.arch.scale).unsqueeze(1)
+            with torch.no_grad():
+                table.table.copy_(start)
+    dist.broadcast(table.table.data, src=0, group=groups.world_group)
+
+
+def counted_units(source: UnitDataset) -> np.ndarray:
+    """Units whose n-grams are counted, increasing: all, or blocks at even distances with COUNTED_TOKENS tokens."""
+    lengths = np.minimum(source.corpus.lengths, source.seq_length).astype(np.int64)
+    starts = np.arange(0, len(lengths), BLOCK_UNITS)
+    per_block = np.add.reduceat(lengths, starts)
+    blocks = np.arange(len(starts))
+    if per_block.sum() > COUNTED_TOKENS:
+        many = max(1, int(COUNTED_TOKENS / per_block.mean()))
+        blocks = np.unique(np.linspace(0, len(starts) - 1, many).astype(np.int64))
+    return np.concatenate([np.arange(start, min(start + BLOCK_UNITS, len(lengths))) for start in starts[blocks]])
+
+
+def scaled(numbers: np.ndarray, found: Occurrences, deviation: float) -> np.ndarray:
+    """The numbers [m] shifted and multiplied so that units' means have mean 0 and the standard deviation asked for."""
+    sizes = found.sizes
+    scores = (found.sums(numbers) / np.maximum(sizes, 1))[sizes > 0]
+    spread = scores.std()
+    if not spread > 0:
+        raise ValueError(
+            "found the same score for all units of the shard, expected different ones: its units have the same n-grams"
+        )
+    return (numbers - scores.mean()) * (deviation / spread)
