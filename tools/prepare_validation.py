@@ -35,8 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=LABELS,
         default=["last-word"],
-        help="tokens by which a text is judged: its last word, the right answer of a task's item, or all; one for all "
-        "inputs or one each",
+        help="tokens by which a text is judged: its last word, the right answer of a task's item, the whole item with "
+        "its right answer, or all; one for all inputs or one each",
     )
     add("--weights", type=float, nargs="+", help="share of each input in the set; default: all of every input")
     add("--weight-by", choices=["units", "labels"], default="units", help="what shares count: units or labelled tokens")

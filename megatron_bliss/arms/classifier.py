@@ -67,8 +67,10 @@ def scores(options: ClassifierConfig, inputs: Inputs) -> Scores:
 
 def drawn(options: ClassifierConfig, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Samples of the guide and units of the shard to learn from, int64, in random order."""
+    from megatron_bliss.data.guide import draw_samples
+
     generator = np.random.Generator(np.random.PCG64(inputs.seed))
-    guide = generator.permutation(len(inputs.reference))[: options.samples]
+    guide = draw_samples(inputs.reference, options.samples, generator)
     return guide, generator.permutation(len(inputs.source))[: len(guide)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_bliss.data.batches import BatchSource, UnitDataset
+from megatron_bliss.data.guide import GuideSets
 from megatron_bliss.data.ngrams import NgramBuckets
 from megatron_bliss.selection.score_pass import BLOCK_UNITS
 
@@ -46,8 +47,15 @@ def count_shard(counter: NgramBuckets, source: UnitDataset, rank: int, world_siz
 
 
 def count_reference(counter: NgramBuckets, reference: BatchSource) -> np.ndarray:
-    """int64 [buckets] over the whole reference set: all its tokens, labelled or not."""
-    total = np.zeros(counter.buckets, dtype=np.int64)
+    """float64 [buckets] over the whole reference set: all its tokens, labelled or not.
+
+    Of several sets, the sets' distributions have their weights as shares, and the sum is that of all counts.
+    """
+    if isinstance(reference, GuideSets):
+        counts = np.stack([count_reference(counter, one) for one in reference.sets])
+        sizes = counts.sum(1)
+        return reference.weights / np.maximum(sizes, 1) @ counts * sizes.sum()
+    total = np.zeros(counter.buckets)
     for start in range(0, len(reference), BLOCK_UNITS):
         ids = np.arange(start, min(start + BLOCK_UNITS, len(reference)))
         total += np.bincount(ngrams_of(counter, reference, ids)[1], minlength=counter.buckets)

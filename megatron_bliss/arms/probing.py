@@ -27,6 +27,7 @@ from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base.parallel import Groups, broadcast_object, failing_together
 from megatron_bliss.base.progress import Progress, progress
 from megatron_bliss.data.batches import Batch
+from megatron_bliss.data.guide import draw_samples
 from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.target.gradient import gradient_norm, loss_gradient, parameters
 from megatron_bliss.target.loss import label_losses
@@ -131,7 +132,7 @@ def draw(size: int, count: int, seed: int, purpose: int) -> np.ndarray:
 
 def reference_batches(inputs: Inputs, samples: int, size: int) -> list[Batch]:
     """The round's reference samples, those of like length together, so that little of a batch is padding."""
-    ids = draw(len(inputs.reference), samples, inputs.seed, 1)
+    ids = draw_samples(inputs.reference, samples, np.random.Generator(np.random.PCG64([inputs.seed, 1])))
     ids = ids[np.argsort(inputs.reference.batch(ids).lengths.numpy(), kind="stable")]
     return [inputs.reference.batch(ids[start : start + size]) for start in range(0, len(ids), size)]
 

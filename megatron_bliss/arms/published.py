@@ -60,6 +60,7 @@ ARM = Arm(
         working=_working,
         held_vectors=0,
         to_shrink="lower bilevel.global_batch_size or data.seq_length, use more ranks, or leave out the arm published",
+        weighs_guide_sets=False,
         every_rank_draws=True,
     ),
     work=work,

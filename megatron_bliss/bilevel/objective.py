@@ -1,7 +1,8 @@
 """The two objectives: (3), which the proxy minimises, and (4), which the score model minimises through the proxy.
 
 (3) G(theta_p)   = sum_i P_i l_i + gamma (1/n) sum_i KL_i + lambda ||theta_p||²
-(4) Phi(theta_p) = sum_i v_i l_i,  v_i = labelled tokens of sample i / labelled tokens of the whole validation batch
+(4) Phi(theta_p) = sum_i v_i l_i,  v_i = labelled tokens of sample i / labelled tokens of the whole validation batch;
+    of several sets Phi = sum_k w_k Phi_k
 
 l_i and KL_i are means over the labelled tokens of sample i: of the next-token cross-entropy, and of the KL between
 proxy and frozen target. P and v do not depend on theta_p, so both objectives are plain sums over samples: they split
@@ -117,13 +118,34 @@ class Loss:
             yield Loss(self.objective, batch, self.weights[rows], teacher)
 
 
-def validation_loss(batch: Batch, group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32) -> Loss:
+@dataclass(frozen=True)
+class GuideParts:
+    """Which set of a guide each sample of a batch is of (int64 [b]), and what each set weighs (float64 [K], sum 1)."""
+
+    sets: Tensor
+    weights: Tensor
+
+    def by_set(self, values: Tensor) -> Tensor:
+        """float64 [K]: the sum of values [b] over the samples of each set."""
+        return torch.zeros_like(self.weights).index_add(0, self.sets, values.to(torch.float64))
+
+
+def validation_loss(
+    batch: Batch,
+    group: dist.ProcessGroup | None = None,
+    dtype: torch.dtype = torch.float32,
+    parts: GuideParts | None = None,
+) -> Loss:
     """(4) Phi = mean cross-entropy over all labelled tokens of the group's validation batch, as sum_i v_i l_i.
 
-    A mean over tokens, not over samples: LAMBADA labels one word a sample, other sets every token. Collective.
+    A mean over tokens, not over samples: LAMBADA labels one word a sample, other sets every token. With ``parts``,
+    Phi = sum_k w_k Phi_k of such means over each set's samples: v_i = w_k labelled_i / labelled tokens of set k.
+    Collective.
     """
     labelled = batch.label_mask[:, 1:].sum(1).to(torch.float64)  # [b]; counts in fp64 are exact
-    total = labelled.sum()
+    total = labelled.sum() if parts is None else parts.by_set(labelled)
     if group is not None:
         dist.all_reduce(total, group=group)
-    return Loss(Objective(), batch, (labelled / total.clamp(min=1.0)).to(dtype))
+    total = total.clamp(min=1.0)
+    v = labelled / total if parts is None else labelled * (parts.weights / total)[parts.sets]
+    return Loss(Objective(), batch, v.to(dtype))

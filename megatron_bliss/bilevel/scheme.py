@@ -37,6 +37,8 @@ class Scheme:
     """What to change where a step takes too much memory; {room}: GiB that are free for it."""
     learns_scores: bool = True
     """Whether it trains a score model; without one, the trainer is given None."""
+    weighs_guide_sets: bool = True
+    """Whether its upper level is a weighted mean over the sets of a guide of several."""
     every_rank_draws: bool = False
     """Whether it needs a sample of each batch on every rank."""
 

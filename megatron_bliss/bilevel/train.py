@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bliss.base.platform import DTYPES
@@ -32,7 +33,7 @@ from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, score_batch
 from megatron_bliss.bilevel.memory import StepShape, plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
-from megatron_bliss.bilevel.objective import Loss, Objective, validation_loss
+from megatron_bliss.bilevel.objective import GuideParts, Loss, Objective, validation_loss
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.solvers import SOLVERS, solve
 from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
@@ -41,6 +42,7 @@ from megatron_bliss.bilevel.weights.weighting import GlobalBatch
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
+from megatron_bliss.data.guide import GuideSets
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
@@ -105,6 +107,7 @@ class BilevelTrainer:
         """``teacher(tokens[b, s])``: the frozen target's hidden states for this rank's samples; None without KL."""
         self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
         self.train, self.validation, self.world = train, validation, world
+        self._guide = validation.source if isinstance(validation.source, GuideSets) else None
         lower_steps = config.upper_iters * config.lower_iters
         self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, lower_steps)
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
@@ -136,11 +139,12 @@ class BilevelTrainer:
 
         The walk's gradient and product, each as large as the proxy, are freed before the score model needs room.
         """
-        phi, b = self._validation_gradient()  # at theta_p before its step, as the walk
+        phi, b, by_set = self._validation_gradient()  # at theta_p before its step, as the walk
         info, walk = self._solve(sample, b)
         _, rate = self.proxy_optimizer.step(walk.gradient)
         values = {
             "validation_loss": float(phi),
+            **by_set,
             "lower_loss": float(walk.loss),
             "lr": rate,
             "residual": info.relative_residual,
@@ -223,12 +227,26 @@ class BilevelTrainer:
         """G (eq. 3) on this rank's samples."""
         return Loss(self.objective, sample.batch, sample.weights, sample.teacher)
 
-    def _validation_gradient(self) -> tuple[Tensor, Tensor]:
-        """Phi and b = grad Phi (eq. 4) on this step's validation batch."""
+    def _validation_gradient(self) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Phi and b = grad Phi (eq. 4) on this step's validation batch; Phi_k by the names of a guide's sets."""
         batch = self.validation.at(self.steps_done).to(self.world.device)
-        phi = validation_loss(batch, self.world.world_group)
+        parts = self._guide_parts(batch)
+        phi = validation_loss(batch, self.world.world_group, parts=parts)
         found = curvature.gradient(self._proxy_passes.refresh(), phi, self.execution)
-        return found.loss, found.gradient.flat
+        by_set = {}
+        if parts is not None:
+            losses = parts.by_set(phi.weights * found.sample_losses)
+            if self.world.world_group is not None:
+                dist.all_reduce(losses, group=self.world.world_group)
+            losses = (losses / parts.weights).tolist()
+            by_set = {f"validation_loss_{name}": one for name, one in zip(self._guide.names, losses, strict=True)}
+        return found.loss, found.gradient.flat, by_set
+
+    def _guide_parts(self, batch: Batch) -> GuideParts | None:
+        if self._guide is None:
+            return None
+        sets = torch.from_numpy(self._guide.set_of(batch.unit_ids.cpu().numpy()))
+        return GuideParts(*(part.to(self.world.device) for part in (sets, torch.from_numpy(self._guide.weights))))
 
     def _solve(self, sample: _Sample, b: Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
         """Move z towards the solution of (C + delta I) z = b (eq. 5), and the walk that the rest of the step uses.

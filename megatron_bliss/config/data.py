@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Union
 
 from megatron_bliss.config.bounds import bounded
 
@@ -16,8 +16,11 @@ class DataConfig:
 
     train_prefix: str = ""
     """Corpus to choose from: path without .bin/.idx, made by tools/preprocess_data.py."""
-    validation_prefix: str = ""
-    """The guide, validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py."""
+    validation_prefix: Union[list[str], str] = ""
+    """The guide, validation set of the upper level: path without .bin/.idx, made by tools/prepare_validation.py. A list
+    of paths: a guide of several sets, whose losses are weighted by guide_weights."""
+    guide_weights: list[float] = bounded(default_factory=list, above=0)
+    """Weight of each set of validation_prefix, of any sum (empty: equal ones)."""
     test_prefixes: list[str] = field(default_factory=list)
     """Held-out sets of the guide's kind on which every arm is measured; the first gives summary.json its
     validation_loss."""
@@ -37,3 +40,10 @@ class DataConfig:
     source file, all units of a file together (needs the corpus's provenance)."""
     num_workers: int = bounded(0, minimum=0)
     """Loader processes per rank for the target's data (0: in the training process)."""
+
+    @property
+    def guide_prefixes(self) -> list[str]:
+        """The sets of the guide; none: the corpus's own part."""
+        if isinstance(self.validation_prefix, str):
+            return [self.validation_prefix] if self.validation_prefix else []
+        return self.validation_prefix

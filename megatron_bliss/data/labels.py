@@ -19,9 +19,11 @@ def label_line(
     line: bytes, label: str, json_keys: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> list[LabelledUnit]:
     """Units of one JSON line. Raises BadLine."""
-    if label == "answer":
+    if label in ("answer", "item"):
         context, answer = context_and_answer(_item(line))
         text = f"{context}{answer}"
+        if label == "item":
+            return label_all(tokenizer.encode_batch([text])[0], max_length)
         return label_ending(tokenizer.encode_batch([text])[0], answer.strip(), tokenizer, max_length)
     text, _ = parse_line(line, json_keys)
     if label == "all":

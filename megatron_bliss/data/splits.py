@@ -60,10 +60,27 @@ def check_set_names(data: DataConfig) -> None:
         first[name] = prefix
 
 
+def check_guide(data: DataConfig) -> None:
+    """ValueError for weights that are not one a set, and for two sets of one name."""
+    prefixes, weights = data.guide_prefixes, data.guide_weights
+    if weights and len(weights) != len(prefixes):
+        raise ValueError(
+            f"found {len(weights)} data.guide_weights for {len(prefixes)} sets in data.validation_prefix, expected one "
+            "for each, or none"
+        )
+    names = [Path(prefix).name for prefix in prefixes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"found {', '.join(twice)} more than once among the last parts of data.validation_prefix, expected a last "
+            "part of its own for each, which names the set in results: name or link one of them otherwise"
+        )
+
+
 def check_sets(data: DataConfig) -> None:
     """ValueError where the run would lack a set to be guided by or to be measured on."""
     _, validation, test = parse_split(data.split)
-    if not data.validation_prefix and not validation:
+    if not data.guide_prefixes and not validation:
         raise ValueError(
             "found no data.validation_prefix, expected the guide of the selection: set it, or give the "
             "corpus's own part by data.split, such as 949,50,1"

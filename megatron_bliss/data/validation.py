@@ -2,7 +2,7 @@
 
 ``V.labels.npy`` is uint8, one per token of ``V.bin``, 1 where the token is a prediction target; never the first token
 of a unit. Label "last-word": a passage is judged by its last word alone (LAMBADA); "answer": an item of a task by the
-right answer alone; "all": by all tokens but the first.
+right answer alone; "item": an item of a task with its right answer, and "all": any text, by all tokens but the first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_bliss.data.labels import label_line
 from megatron_bliss.data.manifest import finished_manifest, read_manifest, write_manifest
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 
-LABELS = ("last-word", "answer", "all")
+LABELS = ("last-word", "answer", "item", "all")
 
 
 class ValidationCorpus:
@@ -253,7 +253,7 @@ def _lines(source: SourceState) -> Iterator[tuple[LineBlock, int, bytes]]:
 
 
 def _identity(settings: ValidationSettings, tokenizer: Tokenizer) -> dict:
-    units = {"piece" if label == "all" else "passage" for label in settings.labels}
+    units = {"piece" if label in ("all", "item") else "passage" for label in settings.labels}
     mixture = {"weights": settings.weights, "weight_by": settings.weight_by, "seed": settings.seed}
     return {
         "kind": "validation",

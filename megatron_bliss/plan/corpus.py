@@ -213,8 +213,10 @@ def _kept(config: Config, first: int, last: int) -> int:
 
 def reference_tokens(config: Config, samples: int) -> int:
     """Tokens of so many samples of the guide: of mean length where it is there, else of the greatest."""
-    prefix, length = config.data.validation_prefix, config.data.seq_length
-    if not prefix or not Path(manifest_path(prefix)).is_file():
+    prefixes, length = config.data.guide_prefixes, config.data.seq_length
+    if not prefixes or not all(Path(manifest_path(prefix)).is_file() for prefix in prefixes):
         return samples * length
-    counts = read_manifest(prefix)["counts"]
-    return int(min(samples, counts["units"]) * min(length, counts["tokens"] / max(counts["units"], 1)))
+    counts = [read_manifest(prefix)["counts"] for prefix in prefixes]
+    means = [min(length, one["tokens"] / max(one["units"], 1)) for one in counts]
+    mean = np.average(means, weights=config.data.guide_weights or None)
+    return int(min(samples, sum(one["units"] for one in counts)) * mean)

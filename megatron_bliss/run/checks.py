@@ -13,7 +13,7 @@ from megatron_bliss.config.models import ProxyConfig, TargetConfig
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.manifest import check_same_tokenizer
 from megatron_bliss.data.provenance import require_field
-from megatron_bliss.data.splits import check_blend, check_set_names, check_sets
+from megatron_bliss.data.splits import check_blend, check_guide, check_set_names, check_sets
 from megatron_bliss.evaluation.checks import check_evaluation
 from megatron_bliss.models.families import check_family
 from megatron_bliss.models.families.family import TABLE_STARTS
@@ -51,6 +51,7 @@ def check_options(config: Config) -> None:
     _check_sections(config)
     check_blend(config.data)
     check_set_names(config.data)
+    check_guide(config.data)
 
 
 def not_ready(config: Config) -> list[str]:
@@ -131,6 +132,7 @@ def _check_sections(config: Config) -> None:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     check_family(config.score)
     _check_upper_steps(config)
+    _check_guide_sets(config)
     for name in ("target", "proxy"):
         _check_model(name, getattr(config, name))
 
@@ -148,6 +150,22 @@ def _check_upper_steps(config: Config) -> None:
     without = [arm for arm in learning if not ARMS[arm].scheme.learns_scores]
     if without:
         raise ValueError(f"found bilevel.upper_iters 0, expected at least one step for the arm {', '.join(without)}")
+
+
+def _check_guide_sets(config: Config) -> None:
+    """A guide of several sets needs a sample of each in a batch, and arms that weigh them."""
+    sets, size = len(config.data.guide_prefixes), config.bilevel.validation_batch_size
+    if sets > max(size, 1):
+        raise ValueError(
+            f"found bilevel.validation_batch_size {size} with {sets} sets in data.validation_prefix, expected at least "
+            "a sample of each"
+        )
+    single = [arm for arm in config.arms if not ARMS[arm].scheme.weighs_guide_sets]
+    if sets > 1 and single:
+        raise ValueError(
+            f"found {sets} sets in data.validation_prefix with the arm {', '.join(single)}, expected one set for it: "
+            "make a mixture of them by tools/prepare_validation.py --weights, or leave out the arm"
+        )
 
 
 def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:
@@ -171,8 +189,9 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     data = config.data
     yield partial(check_sets, data)
     prefixes = {"data.train_prefix": data.train_prefix}
-    if data.validation_prefix:
-        prefixes["data.validation_prefix"] = data.validation_prefix
+    several = len(data.guide_prefixes) > 1
+    for i, prefix in enumerate(data.guide_prefixes):
+        prefixes["data.validation_prefix" + f"[{i}]" * several] = prefix
     for option in ("test_prefixes", "other_prefixes", "blend_prefixes"):
         prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():

@@ -11,8 +11,10 @@ import numpy as np
 
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.config.data import DataConfig
+from megatron_bliss.data.batches import BatchSource, open_labelled
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.deal import deal_shards
+from megatron_bliss.data.guide import GuideSets
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import provenance_codes
 from megatron_bliss.data.splits import PARTS, parse_split, split_bounds
@@ -67,9 +69,12 @@ def shard_prefix(session: Session, round_number: int) -> str:
     return str(folder / session.folder.require(folder, "any other stage")["prefixes"][round_number])
 
 
-def guide_prefix(session: Session) -> str:
-    """The set that says what is wanted, on which the upper level is solved: the one given, or the corpus's own part."""
-    return session.config.data.validation_prefix or _part(session, "validation")
+def open_guide(session: Session) -> BatchSource:
+    """What says what is wanted, on which the upper level is solved: the sets given, or the corpus's own part."""
+    data = session.config.data
+    prefixes = data.guide_prefixes or [_part(session, "validation")]
+    sets = [open_labelled(prefix, data.seq_length, session.vocab_size) for prefix in prefixes]
+    return GuideSets(sets, [Path(prefix).name for prefix in prefixes], data.guide_weights) if sets[1:] else sets[0]
 
 
 def test_prefixes(session: Session) -> list[str]:

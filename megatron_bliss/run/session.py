@@ -11,6 +11,7 @@ from megatron_bliss.base.metrics import MetricsLogger
 from megatron_bliss.base.parallel import Groups
 from megatron_bliss.config.config import Config
 from megatron_bliss.data.batches import BatchSchedule, BatchSource
+from megatron_bliss.data.guide import GuideSchedule, GuideSets
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.run.folder import RunFolder
@@ -75,7 +76,8 @@ class Session:
     def schedule(self, source: BatchSource, batch_size: int, *purpose: object) -> BatchSchedule:
         """This rank's batches of a source, in an order that ``purpose`` and the run's seed determine."""
         seed = derive_seed(self.config.seed, *purpose)
-        return BatchSchedule(source, batch_size, seed=seed, rank=self.groups.rank, world_size=self.groups.world_size)
+        kind = GuideSchedule if isinstance(source, GuideSets) else BatchSchedule
+        return kind(source, batch_size, seed=seed, rank=self.groups.rank, world_size=self.groups.world_size)
 
 
 SHARED = "shared"

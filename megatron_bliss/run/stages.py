@@ -25,7 +25,7 @@ from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import ProxyWarmup
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ScoreConfig
-from megatron_bliss.data.batches import UnitDataset, open_labelled
+from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
@@ -33,7 +33,7 @@ from megatron_bliss.models.flops import proxy_warmup_flops
 from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.run.corpora import guide_prefix, shard_prefix, shares_by_field
+from megatron_bliss.run.corpora import open_guide, shard_prefix, shares_by_field
 from megatron_bliss.run.order import ASSUMED_SHARE, round_tokens, selection_of
 from megatron_bliss.run.session import Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
@@ -69,7 +69,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     score_model = _start_score_model(this, proxy) if arm.scheme.learns_scores else None
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
-    validation = open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size)
+    validation = open_guide(session)
     trainer = arm.scheme.trainer(
         settings,
         proxy,
@@ -134,7 +134,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
 
     return Inputs(
         source=source,
-        reference=open_labelled(guide_prefix(session), config.data.seq_length, session.vocab_size),
+        reference=open_guide(session),
         train_prefix=config.data.train_prefix,
         eod=session.eod,
         seed=this.seed("score"),
@@ -272,12 +272,10 @@ def _start_score_model(this: Round, proxy: LanguageModel) -> ScoreModel:
 def _count_start(this: Round, model: ScoreModel) -> None:
     """Start the model's table from counts of the round's shard and the guide."""
     session, config = this.session, this.session.config
-    length, size = config.data.seq_length, session.vocab_size
-    source = UnitDataset(shard_prefix(session, this.number), length, size)
+    source = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     selection = selection_of(config, this.arm, this.number)
     share = kept_share(selection, float(source.corpus.lengths.sum(dtype=np.int64)), round_tokens(config))
-    reference = open_labelled(guide_prefix(session), length, size)
-    fill_table(model.ngrams, config.score, source, reference, share or ASSUMED_SHARE, session.groups)
+    fill_table(model.ngrams, config.score, source, open_guide(session), share or ASSUMED_SHARE, session.groups)
 
 
 def _teacher(this: Round, settings: BilevelConfig) -> TargetTeacher:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_bliss.arms import ARMS, ngrams
 from megatron_bliss.arms.dsir import DsirConfig
 from megatron_bliss.data.batches import UnitDataset
+from megatron_bliss.data.guide import GuideSets
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.selection import score_pass
 from tests.arms.shards import EOD, LENGTH, VOCABULARY, make_inputs, scored, write
@@ -177,3 +178,15 @@ def test_a_reference_without_text_is_refused(folder: Path) -> None:
         writer.add([EOD, EOD], [2])
     with pytest.raises(ValueError, match="found no n-gram in the reference set, expected text"):
         scores(folder, DsirConfig(), reference=UnitDataset(str(folder / "empty"), LENGTH))
+
+
+def test_sets_of_a_guide_count_by_their_weights(folder: Path) -> None:
+    """One set ten times over weighs as much as once: its distribution counts, not its size."""
+    small, large = write(folder / "small", 6, seed=4, most=10), write(folder / "large", 60, seed=5)
+    counter = ngrams.NgramBuckets(5000, 2, EOD)
+    p, q = (ngrams.count_reference(counter, one) for one in (small, large))
+    found = ngrams.count_reference(counter, GuideSets([small, large], ["small", "large"], [3.0, 1.0]))
+    assert found.sum() == pytest.approx(p.sum() + q.sum())
+    np.testing.assert_allclose(found / found.sum(), 0.75 * p / p.sum() + 0.25 * q / q.sum(), atol=1e-12)
+    again = ngrams.count_reference(counter, GuideSets([small, small, large], ["a", "b", "c"], [1.5, 1.5, 1.0]))
+    np.testing.assert_allclose(again / again.sum(), found / found.sum(), atol=1e-12)

@@ -143,7 +143,7 @@ def test_mixtures_have_the_shares_that_were_asked_for(tmp_path):
         ({"weights": [1.0, 1.0, 1e-9]}, "leaves no unit of some input"),
         ({"weights": [1e6, 1.0, 1.0]}, "leaves no unit of some input"),
         ({"label": ["all", "answer"]}, "2 labels for 3 inputs"),
-        ({"label": "first"}, "label is 'first', expected last-word, answer, all"),
+        ({"label": "first"}, "label is 'first', expected last-word, answer, item, all"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused_and_leave_nothing(tmp_path, changes, message):
@@ -162,3 +162,13 @@ def test_the_command_shows_the_parts(tmp_path, capsys):
     assert "8 units" in output and len(re.findall(r"4 units +\d+ labelled +answer", output)) == 2
     assert command.main(["--input", second, *options, "--weights", "0.5", "0.5"]) == 1
     assert "for 1 inputs" in capsys.readouterr().err
+
+
+def test_an_item_is_labelled_as_a_text_with_its_answer(tmp_path):
+    source = write_lines(tmp_path / "task.jsonl", [item for item, _, _ in ITEMS])
+    options = {"output_prefix": str(tmp_path / "V"), "tokenizer_type": "bytes", "label": "item", "max_length": 4096}
+    prepare_validation(ValidationSettings(inputs=[source], **options))
+    tokens, mask, lengths = ValidationCorpus(tmp_path / "V").gather(np.arange(len(ITEMS)), 4096)
+    for row, (_, context, answer) in enumerate(ITEMS):
+        assert bytes(tokens[row, : lengths[row]].astype(np.uint8)).decode() == f"{context}{answer}".rstrip()
+        assert not mask[row, 0] and mask[row, 1 : lengths[row]].all()
