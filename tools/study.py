@@ -4,7 +4,7 @@
 study.py examples/studies/arms_small/study.yaml --output studies/arms_small [--seeds 1 2 3] [--only dsir bliss]
 
 Running the same command again continues: finished runs are not run again, an unfinished one goes on. Writes study.md,
-study.json and pareto.png into the folder, from the runs in runs/seed_N/VARIANT.
+study.json, headline.json and pareto.png into the folder, from the runs in runs/seed_N/VARIANT.
 """
 
 from __future__ import annotations

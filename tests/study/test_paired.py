@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from megatron_bliss.study.headline import headline
 from megatron_bliss.study.paired import Spread, compare, results, spread
 from megatron_bliss.study.plot import pareto_front
 from megatron_bliss.study.table import format_study
@@ -146,3 +147,21 @@ def test_the_page_follows_from_the_json_alone(study: dict, tmp_path: Path) -> No
     (tmp_path / "study.json").write_text(json.dumps({**study, "other": []}))
     (tmp_path / "pareto.png").unlink()
     assert "pareto.png" not in write_page(tmp_path) and not (tmp_path / "pareto.png").exists()
+
+
+def test_the_headline_is_every_seeds_own_numbers(study: dict, tmp_path: Path) -> None:
+    again = [{**one, "variant": "soft"} for one in study["points"] if one["arm"] == "chosen"]
+    longer = [{**one, "variant": "longer random"} for one in study["points"] if one["arm"] == "random"]
+    study = study | {"points": [*study["points"], *again, *longer], "longer": {"random": "longer random/random"}}
+    found = headline(study)
+    assert found["seeds"] == [1, 2] and list(found["arms"]) == ["random", "chosen", "soft/chosen"]
+    assert found["arms"]["random"] == {
+        "guided_mean": [5.4, 5.7],
+        "other_mean": [5.0, 5.1],
+        "total_flops": [40.0, 40.0],
+        "seconds": [4.0, 4.0],
+    }
+    assert found["arms"]["soft/chosen"]["total_flops"] == [55.0, 55.0]
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    write_page(tmp_path)
+    assert json.loads((tmp_path / "headline.json").read_text()) == found
