@@ -29,6 +29,7 @@ from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
+from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.models.flops import proxy_warmup_flops
 from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
@@ -65,6 +66,8 @@ def learn_scores(this: Round, folder: Path) -> dict:
     session, config = this.session, this.session.config
     arm = ARMS[this.arm]
     settings = arm.bilevel_options(config.bilevel)
+    if not settings.upper_iters:
+        return _keep_start(this, folder)
     proxy = _start_proxy(this)
     score_model = _start_score_model(this, proxy) if arm.scheme.learns_scores else None
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
@@ -83,9 +86,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     for warning in warnings if session.groups.is_main else []:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
-    described = {"architecture": asdict(proxy.architecture)}
-    if score_model is not None:
-        described |= {"activation": config.score.activation, "score": describe(config.score, session.eod)}
+    described = _described(session) if score_model is not None else {"architecture": asdict(proxy.architecture)}
     _save_final(session, folder, trainer.learned() | described)
     models = session.proxy_architecture, session.target_architecture
     score = score_model.score_architecture if score_model is not None else None
@@ -97,6 +98,23 @@ def learn_scores(this: Round, folder: Path) -> dict:
         if session.groups.is_main:
             print(f"warning: {advice}", file=sys.stderr, flush=True)
     return {"flops": flops, "validation_loss": loss, "warnings": warnings}
+
+
+def _keep_start(this: Round, folder: Path) -> dict:
+    """Leave the score model as it starts; the proxy is looked at for its trunk only, where the family has one."""
+    session = this.session
+    family = FAMILIES[session.config.score.family]
+    has_trunk = family.architecture(session.config.score, session.proxy_architecture).trunk is not None
+    score_model = _start_score_model(this, _start_proxy(this) if has_trunk else None)
+    _save_final(session, folder, {"score_model": score_model.state_dict(), **_described(session)})
+    return {"flops": 0.0, "validation_loss": None, "warnings": []}
+
+
+def _described(session: Session) -> dict:
+    """What the file of a score model has to say beside its weights."""
+    score = session.config.score
+    architecture = asdict(session.proxy_architecture)
+    return {"architecture": architecture, "activation": score.activation, "score": describe(score, session.eod)}
 
 
 def _validation_losses(this: Round) -> list[float | None]:
@@ -257,7 +275,7 @@ def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreMode
     )
 
 
-def _start_score_model(this: Round, proxy: LanguageModel) -> ScoreModel:
+def _start_score_model(this: Round, proxy: LanguageModel | None) -> ScoreModel:
     """The score model a round starts from: the last round's, or a new one on the warmed-up proxy's or a fresh trunk."""
     config = this.session.config.score
     model = _new_score_model(this.session, None if config.init_from == "fresh" else proxy)

@@ -11,8 +11,9 @@ def headline(study: Mapping) -> dict:
     """{"seeds": [...], "arms": {NAME: {"guided_mean", "other_mean", "total_flops", "seconds": [one per seed]}}}.
 
     NAME is an arm where it stands for the first variant that runs it, else VARIANT/ARM. Losses are means over the sets
-    of either side where all arms of the seed have seen the same tokens, None where one is not finite or missing; work and
-    time are those of everything up to the arm's end. ``study``: what ``study.json`` holds; the longer runs are left out.
+    of either side where all arms of the seed have seen the same tokens, None where one is not finite or missing; work
+    and time are those of everything up to the arm's end. ``study``: what ``study.json`` holds; longer runs are left
+    out.
     """
     points = [point for point in study["points"] if label(point) not in study["longer"].values()]
     first = {}

@@ -16,7 +16,7 @@ from megatron_bliss.study.table import format_study
 
 
 def run_study(study: Study, output: Path, *, only: Collection[str], entry: Path) -> str:
-    """Run what is missing, write ``study.json``, ``headline.json``, ``pareto.png`` and ``study.md``; returns the page."""
+    """Run what is missing, write ``study.json`` and all that is made from it; returns the page."""
     runs = study_runs(study, output, only)
     sides(runs)  # what has no table ends the study here, not after its last run
     run_all(runs, output, entry, study.processes)

@@ -64,6 +64,7 @@ def test_a_run_by_counts_alone_makes_no_bilevel_step(corpus: Path, tmp_path: Pat
     assert not [line for line in metric_lines(tmp_path / "run") if line.get("stage") == "bilevel"]
     record = json.loads((tmp_path / "run/bliss/round_02/bilevel/done.json").read_text())
     assert record["flops"] == 0 and record["validation_loss"] is None
+    assert not [one for one in record["needs"] if "proxy" in one]  # so the proxy's warm-up is no cost of it
     planned = make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))
     recorded = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in read_stages(tmp_path / "run")}
     assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]} == recorded
