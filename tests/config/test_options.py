@@ -105,7 +105,7 @@ def test_the_help_shows_bounds(capsys) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Upper-level steps a round. [1 or more] (type: int, default: 3000)" in text
+    assert "T, lower-level steps of the proxy per upper-level step. [1 or more] (type: int, default: 1)" in text
     assert "Decay of the second moment. [0 or more, less than 1] (type: float, default: 0.95)" in text
 
 

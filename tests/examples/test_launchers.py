@@ -85,9 +85,11 @@ def test_every_study_has_runs_that_can_begin(path: Path) -> None:
         check_options(dataclasses.replace(variant_config(study, variant), run_folder="runs/any"))
     prepared = (path.parent / "prepare.sh").read_text()
     data = variant_config(study, next(iter(study.variants))).data
-    for prefix in (data.train_prefix, data.validation_prefix, *data.test_prefixes, *data.other_prefixes):
+    for prefix in (data.train_prefix, *data.guide_prefixes, *data.test_prefixes, *data.other_prefixes):
         name = Path(prefix).name
-        assert f"prepare {name} " in prepared or f'/{name}"' in prepared or name.startswith("heldout_"), name
+        assert f"prepare {name} " in prepared or f'/{name}"' in prepared or name.startswith(("heldout_", "guide_")), (
+            name
+        )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,7 @@ def test_every_study_has_runs_that_can_begin(path: Path) -> None:
         "slurm/pretrain.sbatch",
         "slurm/preprocess.sbatch",
         "studies/arms_small/prepare.sh",
+        "studies/scores_small/prepare.sh",
     ],
 )
 def test_scripts_are_valid_shell(script: str) -> None:
