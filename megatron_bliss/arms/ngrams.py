@@ -19,10 +19,14 @@ def log_ratios(reference: np.ndarray, pool: np.ndarray, smoothing: float = 0.0) 
     smoothing s: with c the reference's counts, p_j = (c_j + s m q_j) / (sum c + s m), so that p tends to q.
     """
     require_ngrams(reference, pool)
-    q = pool / pool.sum()
-    smoothed = reference + smoothing * len(q) * q
+    q, smoothed = pool / pool.sum(), smoothed_counts(reference, pool, smoothing)
     p = smoothed / smoothed.sum()
     return np.log(p + SMOOTHING) - np.log(q + SMOOTHING)
+
+
+def smoothed_counts(reference: np.ndarray, pool: np.ndarray, smoothing: float) -> np.ndarray:
+    """float64 [buckets]: the reference's counts and ``smoothing`` n-grams per bucket, spread as the shard's are."""
+    return reference + smoothing * len(pool) * (pool / pool.sum())
 
 
 def require_ngrams(reference: np.ndarray, pool: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.arms.ngrams import count_reference, log_ratios, ngrams_of, require_ngrams
+from megatron_bliss.arms.ngrams import count_reference, log_ratios, ngrams_of, require_ngrams, smoothed_counts
 from megatron_bliss.base.parallel import Groups, failing_together
 from megatron_bliss.bilevel.count_proxy import Occurrences, solve_counts
 from megatron_bliss.config.models import ScoreConfig
@@ -36,7 +36,7 @@ def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, s
     """p_j / q_j, float64 [m]: q of the best selection of ``share`` of the shard (bilevel/count_proxy.py)."""
     pool = found.total()
     require_ngrams(guide, pool)
-    smoothed = np.where(pool > 0, guide + config.count_smoothing * len(pool) * pool / pool.sum(), 0.0)
+    smoothed = np.where(pool > 0, smoothed_counts(guide, pool, config.count_smoothing), 0.0)
     if not smoothed.sum():
         raise ValueError(
             "found no n-gram that the guide and the shard have in common, expected some: check that both are text of "

@@ -70,12 +70,11 @@ def solve_counts(
     guide: p, float64 [m] with sum 1, 0 where no unit has the bucket. It stops after ``steps`` steps, or where the loss
     is within ``tolerance`` of the minimum. The same input gives the same bits.
     """
-    sizes, present = found.sizes, found.total() > 0
-    pool = found.total() / max(len(found.buckets), 1)
+    sizes, pool = found.sizes, found.total() / max(len(found.buckets), 1)
     budget, per_ngram = share * sizes.sum(), 1.0 / np.maximum(sizes, 1)
 
     def ratios(q: np.ndarray) -> np.ndarray:
-        return np.divide(guide, q, out=np.zeros_like(q), where=present)
+        return np.divide(guide, q, out=np.zeros_like(q), where=pool > 0)
 
     def learned(w: np.ndarray) -> np.ndarray:
         total = found.total(w)

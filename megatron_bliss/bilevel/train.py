@@ -229,8 +229,8 @@ class BilevelTrainer:
 
     def _validation_gradient(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Phi and b = grad Phi (eq. 4) on this step's validation batch; Phi_k by the names of a guide's sets."""
-        batch = self.validation.at(self.steps_done).to(self.world.device)
-        parts = self._guide_parts(batch)
+        batch = self.validation.at(self.steps_done)
+        parts, batch = self._guide_parts(batch), batch.to(self.world.device)
         phi = validation_loss(batch, self.world.world_group, parts=parts)
         found = curvature.gradient(self._proxy_passes.refresh(), phi, self.execution)
         by_set = {}
@@ -243,9 +243,10 @@ class BilevelTrainer:
         return found.loss, found.gradient.flat, by_set
 
     def _guide_parts(self, batch: Batch) -> GuideParts | None:
+        """The sets of a batch that is still on the host; None for a guide of one set."""
         if self._guide is None:
             return None
-        sets = torch.from_numpy(self._guide.set_of(batch.unit_ids.cpu().numpy()))
+        sets = torch.from_numpy(self._guide.set_of(batch.unit_ids.numpy()))
         return GuideParts(*(part.to(self.world.device) for part in (sets, torch.from_numpy(self._guide.weights))))
 
     def _solve(self, sample: _Sample, b: Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:

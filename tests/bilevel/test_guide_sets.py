@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel import curvature
 from megatron_bliss.bilevel.objective import validation_loss
 from megatron_bliss.bilevel.train import BilevelTrainer
 from megatron_bliss.data.guide import GuideSchedule, GuideSets
-from tests.bilevel.trainers import ALONE, CONFIG, RandomUnits, assert_same, flat, make_trainer, run_steps
+from tests.bilevel.trainers import ALONE, CONFIG, RandomUnits, assert_resumes, assert_same, make_trainer, run_steps
 from tests.distributed import run_distributed
 
 SIZES, WEIGHTS = (11, 6, 9), (3.0, 1.0, 2.0)
@@ -69,10 +68,4 @@ def test_steps_do_not_depend_on_micro_batches() -> None:
 
 
 def test_resumed_steps_equal_uninterrupted_ones(tmp_path) -> None:
-    whole, first, second = (trainer(dtype=torch.float32) for _ in range(3))
-    last = [whole.step() for _ in range(4)][-1]
-    first.step(), first.step()
-    checkpoint.save_state(tmp_path / "state.pt", first.state_dict())
-    second.load_state_dict(checkpoint.load_state(tmp_path / "state.pt"))
-    assert [second.step() for _ in range(2)][-1] == last
-    assert np.array_equal(flat(whole.score_model), flat(second.score_model))
+    assert_resumes(lambda: trainer(dtype=torch.float32), tmp_path / "state.pt")

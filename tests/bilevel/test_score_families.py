@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.precision import ComputeCopy
 from megatron_bliss.config.models import ScoreConfig
-from tests.bilevel.trainers import ALONE, CONFIG, assert_same, flat, make_trainer, run_steps
+from tests.bilevel.trainers import ALONE, CONFIG, assert_resumes, assert_same, flat, make_trainer, run_steps
 from tests.distributed import run_distributed
 
 FAMILIES = {
@@ -44,15 +44,9 @@ def test_steps_do_not_depend_on_micro_batches(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resumed_steps_equal_uninterrupted_ones(family: str, tmp_path) -> None:
-    whole, first, second = (make_trainer(CONFIG, torch.float32, ALONE, score=FAMILIES[family]) for _ in range(3))
-    start = flat(whole.score_model)
-    last = [whole.step() for _ in range(4)][-1]
-    first.step(), first.step()
-    checkpoint.save_state(tmp_path / "state.pt", first.state_dict())
-    second.load_state_dict(checkpoint.load_state(tmp_path / "state.pt"))
-    assert [second.step() for _ in range(2)][-1] == last
-    assert np.array_equal(flat(whole.score_model), flat(second.score_model))
-    assert not np.array_equal(flat(whole.score_model), start)
+    make = partial(make_trainer, CONFIG, torch.float32, ALONE, score=FAMILIES[family])
+    whole = assert_resumes(make, tmp_path / "state.pt")
+    assert not np.array_equal(flat(whole.score_model), flat(make().score_model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

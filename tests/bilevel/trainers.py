@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.train import BilevelTrainer
@@ -99,6 +102,18 @@ def run_steps(
         "z": trainer.z.double().numpy(),
         "metrics": np.array([[step[name] for name in sorted(step)] for step in metrics]),
     }
+
+
+def assert_resumes(make: Callable[[], BilevelTrainer], path: Path) -> BilevelTrainer:
+    """Two steps, a state on the disk and two more are four steps, bit for bit; returns the trainer of the four."""
+    whole, first, second = make(), make(), make()
+    last = [whole.step() for _ in range(4)][-1]
+    first.step(), first.step()
+    checkpoint.save_state(path, first.state_dict())
+    second.load_state_dict(checkpoint.load_state(path))
+    assert [second.step() for _ in range(2)][-1] == last
+    assert np.array_equal(flat(whole.score_model), flat(second.score_model))
+    return whole
 
 
 def flat(model: torch.nn.Module) -> np.ndarray:

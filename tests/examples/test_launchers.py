@@ -101,6 +101,7 @@ def test_every_study_has_runs_that_can_begin(path: Path) -> None:
         "quickstart/run.sh",
         "slurm/pretrain.sbatch",
         "slurm/preprocess.sbatch",
+        "studies/inputs.sh",
         "studies/arms_small/prepare.sh",
         "studies/scores_small/prepare.sh",
     ],

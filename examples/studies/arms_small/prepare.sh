@@ -11,14 +11,8 @@ if [ $# -lt 4 ]; then
   sed -n '2,9s/^# //p' "$0" >&2
   exit 2
 fi
-pages=$1
-case $pages in /*) ;; *) pages=$PWD/$pages ;; esac
-shift
-files=()
-for file in "$@"; do files+=("$(realpath "$file")"); done
+. "$(dirname "$0")/../inputs.sh"
 passages=${files[0]} c4=${files[1]} openwebtext=${files[2]} items=("${files[@]:3}")
-cd "$(dirname "$0")/../../.."
-. examples/find_python.sh
 data=data/arms_small
 mkdir -p "$data"
 

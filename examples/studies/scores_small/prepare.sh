@@ -11,14 +11,8 @@ if [ $# -lt 5 ]; then
   sed -n '2,8s/^# //p' "$0" >&2
   exit 2
 fi
-pages=$1
-case $pages in /*) ;; *) pages=$PWD/$pages ;; esac
-shift
-files=()
-for file in "$@"; do files+=("$(realpath "$file")"); done
+. "$(dirname "$0")/../inputs.sh"
 c4=${files[0]} openwebtext=${files[1]} sets=("${files[@]:2}")
-cd "$(dirname "$0")/../../.."
-. examples/find_python.sh
 data=data/scores_small
 mkdir -p "$data"
 
