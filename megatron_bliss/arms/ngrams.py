@@ -58,7 +58,10 @@ def count_reference(counter: NgramBuckets, reference: BatchSource) -> np.ndarray
     if isinstance(reference, GuideSets):
         counts = np.stack([count_reference(counter, one) for one in reference.sets])
         sizes = counts.sum(1)
-        return reference.weights / np.maximum(sizes, 1) @ counts * sizes.sum()
+        if not sizes.all():
+            name = reference.names[int(np.argmin(sizes))]
+            raise ValueError(f"found no n-gram in the set {name} of the guide, expected text: check its tokens")
+        return reference.weights / sizes @ counts * sizes.sum()
     total = np.zeros(counter.buckets)
     for start in range(0, len(reference), BLOCK_UNITS):
         ids = np.arange(start, min(start + BLOCK_UNITS, len(reference)))

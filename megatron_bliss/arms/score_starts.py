@@ -23,34 +23,38 @@ from megatron_bliss.selection.score_pass import BLOCK_UNITS
 
 COUNTED_TOKENS = 2**23
 """Tokens of a shard that are counted at most, in blocks of units from all over it: 64 for each bucket of 2^17."""
+Table = tuple[np.ndarray, list[str]]
+"""One number a bucket, float64 [m], and what is to be warned of."""
 STEPS, TOLERANCE = 100, 1e-4
 """Frank-Wolfe steps at most, and nats per n-gram above the minimum that are near enough."""
 
 
-def importance_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> np.ndarray:
+def importance_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> Table:
     """log p_j - log q_j, float64 [m]: p of the guide, smoothed, q of the shard (arXiv 2302.03169)."""
-    return log_ratios(guide, found.total(), config.count_smoothing)
+    return log_ratios(guide, found.total(), config.count_smoothing), []
 
 
-def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> np.ndarray:
+def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> Table:
     """p_j / q_j, float64 [m]: q of the best selection of ``share`` of the shard (bilevel/count_proxy.py)."""
     pool = found.total()
-    require_ngrams(guide, pool)
     smoothed = np.where(pool > 0, smoothed_counts(guide, pool, config.count_smoothing), 0.0)
-    if not smoothed.sum():
-        raise ValueError(
-            "found no n-gram that the guide and the shard have in common, expected some: check that both are text of "
-            "one kind of tokens, or raise score.count_smoothing"
-        )
     problem = smoothed / smoothed.sum(), share
-    return solve_counts(found, *problem, prior=config.count_prior, steps=STEPS, tolerance=TOLERANCE).ratios
+    solution = solve_counts(found, *problem, prior=config.count_prior, steps=STEPS, tolerance=TOLERANCE)
+    if share == 1 or solution.kept_loss < solution.control_loss:
+        return solution.ratios, []
+    return solution.ratios, [
+        f"the best {share:.0%} by counts suit the guide no better than a random choice ({solution.kept_loss:.4f} "
+        f"against {solution.control_loss:.4f} nats per n-gram): guide or shard are small beside the table, or the guide's "
+        f"{guide.sum():,.0f} n-grams beside {config.count_smoothing * len(pool):,.0f} of smoothing; lower "
+        "score.count_smoothing or score.ngram_buckets, give a larger guide, or take score.init_from importance"
+    ]
 
 
-TABLES: dict[str, Callable[[ScoreConfig, Occurrences, np.ndarray, float], np.ndarray]] = {
+TABLES: dict[str, Callable[[ScoreConfig, Occurrences, np.ndarray, float], Table]] = {
     "importance": importance_table,
     "counts": matching_table,
 }
-"""score.init_from -> (section score, n-grams of units, the guide's counts [m], share to be kept) -> numbers [m]."""
+"""score.init_from -> (section score, n-grams of units, the guide's counts [m], share to be kept) -> table."""
 
 
 def fill_table(
@@ -60,19 +64,36 @@ def fill_table(
     reference: BatchSource,
     share: float,
     groups: Groups,
-) -> None:
-    """Start ``table`` as ``config.init_from`` says; collective: the main rank counts, all get the same numbers."""
+) -> list[str]:
+    """Start ``table`` as ``config.init_from`` says; returns warnings, on the main rank.
+
+    Collective: the main rank counts, all get the same numbers.
+    """
+    warnings: list[str] = []
     with failing_together(groups):
         if groups.is_main:
             counter = NgramBuckets(table.arch.buckets, table.arch.max_ngram, table.eod)
             ids = counted_units(source)
             found = Occurrences(*ngrams_of(counter, source, ids), len(ids), counter.buckets)
             guide = count_reference(counter, reference)
-            numbers = scaled(TABLES[config.init_from](config, found, guide, share), found, config.start_deviation)
+            _require_common(guide, found.total())
+            numbers, warnings = TABLES[config.init_from](config, found, guide, share)
+            numbers = scaled(numbers, found, config.start_deviation)
             start = torch.from_numpy(numbers / table.arch.scale).unsqueeze(1)
             with torch.no_grad():
                 table.table.copy_(start)
     dist.broadcast(table.table.data, src=0, group=groups.world_group)
+    return warnings
+
+
+def _require_common(guide: np.ndarray, pool: np.ndarray) -> None:
+    """ValueError where guide and shard, counts [m] each, share no n-gram: no score could tell units apart."""
+    require_ngrams(guide, pool)
+    if not guide[pool > 0].any():
+        raise ValueError(
+            "found no n-gram that the guide and the shard have in common, expected some: check that both are text of "
+            "one kind, made by one tokenizer"
+        )
 
 
 def counted_units(source: UnitDataset) -> np.ndarray:

@@ -55,6 +55,8 @@ class CountSolution:
     """float64 [units]: w."""
     loss: float
     """Phi at w, in nats per n-gram."""
+    kept_loss: float
+    """Phi where the units of the best scores are kept whole, as a selection keeps them."""
     control_loss: float
     """Phi at q = r: of a selection at random."""
     gap: float
@@ -90,10 +92,11 @@ def solve_counts(
     while True:
         q = learned(weights)
         influence = found.sums(ratios(q))
-        towards = _best(influence * per_ngram, sizes, budget) - weights
+        best = _best(influence * per_ngram, sizes, budget)
+        towards = best - weights
         gap = (1 - prior) / budget * float(towards @ influence)  # convex: Phi - min Phi <= -<grad, towards>
         if done == steps or gap <= tolerance:
-            return CountSolution(ratios(q), weights, phi(q), phi(pool), gap, done)
+            return CountSolution(ratios(q), weights, phi(q), phi(learned(best)), phi(pool), gap, done)
         weights = weights + towards * (2.0 / (done + 3))
         done += 1
 

@@ -69,7 +69,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     if not settings.upper_iters:
         return _keep_start(this, folder)
     proxy = _start_proxy(this)
-    score_model = _start_score_model(this, proxy) if arm.scheme.learns_scores else None
+    score_model, warnings = _start_score_model(this, proxy) if arm.scheme.learns_scores else (None, [])
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_guide(session)
@@ -82,9 +82,8 @@ def learn_scores(this: Round, folder: Path) -> dict:
         session.schedule(validation, settings.validation_batch_size, "validation", this.number),
         session.groups,
     )
-    warnings = trainer.check_precision()
-    for warning in warnings if session.groups.is_main else []:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    warnings += trainer.check_precision()
+    _warn(this, warnings)
     _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
     described = _described(session) if score_model is not None else {"architecture": asdict(proxy.architecture)}
     _save_final(session, folder, trainer.learned() | described)
@@ -105,9 +104,15 @@ def _keep_start(this: Round, folder: Path) -> dict:
     session = this.session
     family = FAMILIES[session.config.score.family]
     has_trunk = family.architecture(session.config.score, session.proxy_architecture).trunk is not None
-    score_model = _start_score_model(this, _start_proxy(this) if has_trunk else None)
+    score_model, warnings = _start_score_model(this, _start_proxy(this) if has_trunk else None)
+    _warn(this, warnings)
     _save_final(session, folder, {"score_model": score_model.state_dict(), **_described(session)})
-    return {"flops": 0.0, "validation_loss": None, "warnings": []}
+    return {"flops": 0.0, "validation_loss": None, "warnings": warnings}
+
+
+def _warn(this: Round, warnings: list[str]) -> None:
+    for warning in warnings if this.session.groups.is_main else []:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _described(session: Session) -> dict:
@@ -275,25 +280,26 @@ def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreMode
     )
 
 
-def _start_score_model(this: Round, proxy: LanguageModel | None) -> ScoreModel:
-    """The score model a round starts from: the last round's, or a new one on the warmed-up proxy's or a fresh trunk."""
+def _start_score_model(this: Round, proxy: LanguageModel | None) -> tuple[ScoreModel, list[str]]:
+    """The score model a round starts from, and what is to be warned of: the last round's, or a new one on the warmed-up
+    proxy's or a fresh trunk."""
     config = this.session.config.score
     model = _new_score_model(this.session, None if config.init_from == "fresh" else proxy)
     if config.carry_over and this.number > 1:
         folder, _ = this.before.require("bilevel", f"bilevel of round {this.number}")
         model.load_state_dict(checkpoint.load_state(folder / FINAL_STATE)["score_model"])
     elif config.init_from in TABLES:
-        _count_start(this, model)
-    return model
+        return model, _count_start(this, model)
+    return model, []
 
 
-def _count_start(this: Round, model: ScoreModel) -> None:
-    """Start the model's table from counts of the round's shard and the guide."""
+def _count_start(this: Round, model: ScoreModel) -> list[str]:
+    """Start the model's table from counts of the round's shard and the guide; warnings."""
     session, config = this.session, this.session.config
     source = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     selection = selection_of(config, this.arm, this.number)
     share = kept_share(selection, float(source.corpus.lengths.sum(dtype=np.int64)), round_tokens(config))
-    fill_table(model.ngrams, config.score, source, open_guide(session), share or ASSUMED_SHARE, session.groups)
+    return fill_table(model.ngrams, config.score, source, open_guide(session), share or ASSUMED_SHARE, session.groups)
 
 
 def _teacher(this: Round, settings: BilevelConfig) -> TargetTeacher:

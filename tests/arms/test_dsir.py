@@ -190,3 +190,11 @@ def test_sets_of_a_guide_count_by_their_weights(folder: Path) -> None:
     np.testing.assert_allclose(found / found.sum(), 0.75 * p / p.sum() + 0.25 * q / q.sum(), atol=1e-12)
     again = ngrams.count_reference(counter, GuideSets([small, small, large], ["a", "b", "c"], [1.5, 1.5, 1.0]))
     np.testing.assert_allclose(again / again.sum(), found / found.sum(), atol=1e-12)
+
+
+def test_a_set_without_ngrams_is_named(folder: Path) -> None:
+    with CorpusWriter(str(folder / "blank"), VOCABULARY) as writer:
+        writer.add([EOD, EOD], [1, 1])
+    sets = [UnitDataset(str(folder / name), LENGTH) for name in ("reference", "blank")]
+    with pytest.raises(ValueError, match="found no n-gram in the set b of the guide"):
+        ngrams.count_reference(ngrams.NgramBuckets(500, 2, EOD), GuideSets(sets, ["a", "b"], []))

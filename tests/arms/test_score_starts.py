@@ -134,12 +134,29 @@ def test_units_that_are_all_alike_are_refused(folder: Path) -> None:
         started(folder)
 
 
-def test_a_guide_of_other_ngrams_is_refused_without_smoothing(folder: Path) -> None:
+@pytest.mark.parametrize("init_from", ["importance", "counts"])
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_a_guide_of_other_ngrams_is_refused(folder: Path, init_from: str, smoothing: float) -> None:
     with CorpusWriter(str(folder / "shard"), VOCABULARY) as writer:
         writer.add([30, 31, 32, 31], [2, 2])
-    config = replace(CONFIG, init_from="counts", count_smoothing=0.0)
+    config = replace(CONFIG, init_from=init_from, count_smoothing=smoothing)
     with pytest.raises(ValueError, match="found no n-gram that the guide and the shard have in common"):
         started(folder, config)
+
+
+def test_a_choice_no_better_than_a_random_one_is_warned_of(folder: Path) -> None:
+    """Smoothing drowns the guide: its distribution is the shard's, and scores rank units by rounding."""
+    config = replace(CONFIG, init_from="counts")
+    assert warnings(folder, config) == []
+    (text,) = warnings(folder, replace(config, count_smoothing=1e7))
+    assert "suit the guide no better than a random choice" in text and "lower score.count_smoothing" in text
+
+
+def warnings(folder: Path, config: ScoreConfig) -> list[str]:
+    shard, guide = (UnitDataset(str(folder / name), LENGTH) for name in ("shard", "reference"))
+    model = build_score_model(config, resolve_architecture(SIZES, VOCABULARY), seed=0, eod=EOD)
+    with grouped(layout()) as groups:
+        return score_starts.fill_table(model.ngrams, config, shard, guide, 0.2, groups)
 
 
 @pytest.mark.parametrize(

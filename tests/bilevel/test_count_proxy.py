@@ -49,6 +49,8 @@ def test_no_selection_is_better(seed: int) -> None:
     losses = [naive_loss(found, guide, np.isin(np.arange(9), ids)) for ids in combinations(range(9), 3)]
     assert solution.gap <= 1e-4 and solution.loss <= min(losses) + solution.gap
     assert solution.loss < solution.control_loss < max(losses)
+    kept = np.isin(np.arange(9), np.argsort(-found.sums(solution.ratios), kind="stable")[:3])
+    assert solution.kept_loss == pytest.approx(naive_loss(found, guide, kept))
 
 
 @pytest.mark.parametrize("seed", range(3))
