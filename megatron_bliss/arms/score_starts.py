@@ -44,8 +44,8 @@ def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, s
         return solution.ratios, []
     return solution.ratios, [
         f"the best {share:.0%} by counts suit the guide no better than a random choice ({solution.kept_loss:.4f} "
-        f"against {solution.control_loss:.4f} nats per n-gram): guide or shard are small beside the table, or the guide's "
-        f"{guide.sum():,.0f} n-grams beside {config.count_smoothing * len(pool):,.0f} of smoothing; lower "
+        f"against {solution.control_loss:.4f} nats per n-gram): guide or shard are small beside the table, or the "
+        f"guide's {guide.sum():,.0f} n-grams beside {config.count_smoothing * len(pool):,.0f} of smoothing; lower "
         "score.count_smoothing or score.ngram_buckets, give a larger guide, or take score.init_from importance"
     ]
 
