@@ -109,7 +109,8 @@ def command(corpus: Path, run_folder: Path, *options: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]  # a machine may have its packages there
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run(corpus: Path, run_folder: Path, *options: str) -> subprocess.CompletedProcess:

@@ -63,8 +63,20 @@ def test_an_offloaded_target_teaches_the_same_and_leaves_the_device() -> None:
 
 
 def test_a_whole_run_ends_with_finite_losses(corpus: Path, tmp_path: Path) -> None:
-    result = run(corpus, tmp_path / "run", "--platform.device", "cuda", "--platform.params_dtype", "bf16")
+    """Without tasks: lm-eval need not be there."""
+    options = ["--platform.device", "cuda", "--platform.params_dtype", "bf16", "--evaluation.tasks", "[]"]
+    result = run(corpus, tmp_path / "run", *options)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for arm in summary["arms"].values():
         assert all(np.isfinite(point[1]) for point in arm["validation_loss"])
+
+
+def test_two_runs_end_with_the_same_bits(corpus: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        result = run(corpus, tmp_path / name, "--platform.device", "cuda", "--evaluation.tasks", "[]")
+        assert result.returncode == 0, result.stderr
+        arms = json.loads((tmp_path / name / "summary.json").read_text())["arms"]
+        found.append({arm: record["validation_loss"] for arm, record in arms.items()})
+    assert found[0] == found[1]

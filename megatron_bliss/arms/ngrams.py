@@ -29,6 +29,16 @@ def smoothed_counts(reference: np.ndarray, pool: np.ndarray, smoothing: float) -
     return reference + smoothing * len(pool) * (pool / pool.sum())
 
 
+def blended(reference: np.ndarray, pool: np.ndarray, share: float) -> np.ndarray:
+    """p, float64 [buckets] with sum 1: the reference's distribution with ``share`` of the shard's, of counts.
+
+    0 where the shard has no n-gram; ValueError where one of the two has none at all.
+    """
+    require_ngrams(reference, pool)
+    p = np.where(pool > 0, (1 - share) * (reference / reference.sum()) + share * (pool / pool.sum()), 0.0)
+    return p / p.sum()
+
+
 def require_ngrams(reference: np.ndarray, pool: np.ndarray) -> None:
     """ValueError where one of two bags of n-grams, counts [buckets] each, is empty."""
     for name, counts in (("reference set", reference), ("shard", pool)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.arms.ngrams import count_reference, log_ratios, ngrams_of, require_ngrams, smoothed_counts
+from megatron_bliss.arms.ngrams import SMOOTHING, blended, count_reference, ngrams_of, require_ngrams
 from megatron_bliss.base.parallel import Groups, failing_together
 from megatron_bliss.bilevel.count_proxy import Occurrences, solve_counts
 from megatron_bliss.config.models import ScoreConfig
@@ -31,22 +31,22 @@ STEPS, TOLERANCE = 100, 1e-4
 
 def importance_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> Table:
     """log p_j - log q_j, float64 [m]: p of the guide, smoothed, q of the shard (arXiv 2302.03169)."""
-    return log_ratios(guide, found.total(), config.count_smoothing), []
+    pool = found.total()
+    p = blended(guide, pool, config.count_smoothing)
+    return np.log(p + SMOOTHING) - np.log(pool / pool.sum() + SMOOTHING), []
 
 
 def matching_table(config: ScoreConfig, found: Occurrences, guide: np.ndarray, share: float) -> Table:
     """p_j / q_j, float64 [m]: q of the best selection of ``share`` of the shard (bilevel/count_proxy.py)."""
-    pool = found.total()
-    smoothed = np.where(pool > 0, smoothed_counts(guide, pool, config.count_smoothing), 0.0)
-    problem = smoothed / smoothed.sum(), share
-    solution = solve_counts(found, *problem, prior=config.count_prior, steps=STEPS, tolerance=TOLERANCE)
+    p = blended(guide, found.total(), config.count_smoothing)
+    solution = solve_counts(found, p, share, prior=config.count_prior, steps=STEPS, tolerance=TOLERANCE)
     if share == 1 or solution.kept_loss < solution.control_loss:
         return solution.ratios, []
     return solution.ratios, [
         f"the best {share:.0%} by counts suit the guide no better than a random choice ({solution.kept_loss:.4f} "
-        f"against {solution.control_loss:.4f} nats per n-gram): guide or shard are small beside the table, or the "
-        f"guide's {guide.sum():,.0f} n-grams beside {config.count_smoothing * len(pool):,.0f} of smoothing; lower "
-        "score.count_smoothing or score.ngram_buckets, give a larger guide, or take score.init_from importance"
+        f"against {solution.control_loss:.4f} nats per n-gram): guide or shard are small beside the table, or "
+        "smoothing hides the guide; lower score.count_smoothing or score.ngram_buckets, give a larger guide, or take "
+        "score.init_from importance"
     ]
 
 

@@ -82,11 +82,15 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def set_deterministic(enabled: bool) -> None:
-    """Ask torch for kernels that give the same bits twice; one that has no such form warns and goes on."""
+def set_deterministic(enabled: bool, device: torch.device) -> None:
+    """Ask torch for kernels that give the same bits twice.
+
+    A kernel that has no such form raises on CUDA, where torch takes the deterministic backward pass of attention only
+    then, and warns and goes on elsewhere.
+    """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.use_deterministic_algorithms(enabled, warn_only=device.type != "cuda")
     # Filling every new tensor with NaN finds reads of unset memory, but costs time and changes no result here.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -111,7 +115,7 @@ def prepare(config: PlatformConfig, local_rank: int, local_world_size: int) -> t
     device = choose_device(config, local_rank)
     silence_megatron_core()
     set_threads(local_world_size)
-    set_deterministic(config.deterministic)
+    set_deterministic(config.deterministic, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

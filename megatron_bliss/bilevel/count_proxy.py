@@ -47,12 +47,13 @@ class Occurrences:
 
 @dataclass(frozen=True)
 class CountSolution:
-    """Where the Frank-Wolfe steps ended."""
+    """Where the Frank-Wolfe steps ended, and the best scores that they met."""
 
     ratios: np.ndarray
-    """float64 [m]: p_j / q_j, 0 where q_j is 0. A unit's score is their mean over its n-grams."""
+    """float64 [m]: p_j / q_j, 0 where q_j is 0, at the step whose scores gave the least ``kept_loss``. A unit's score is
+    their mean over its n-grams."""
     weights: np.ndarray
-    """float64 [units]: w."""
+    """float64 [units]: w, where the steps ended."""
     loss: float
     """Phi at w, in nats per n-gram."""
     kept_loss: float
@@ -71,6 +72,9 @@ def solve_counts(
 
     guide: p, float64 [m] with sum 1, 0 where no unit has the bucket. It stops after ``steps`` steps, or where the loss
     is within ``tolerance`` of the minimum. The same input gives the same bits.
+
+    A selection keeps units whole, which w need not do, and where there are few units its scores at the minimum can keep
+    worse ones than those of a step before. So the scores are those of the step whose kept units have the least Phi.
     """
     sizes, pool = found.sizes, found.total() / max(len(found.buckets), 1)
     budget, per_ngram = share * sizes.sum(), 1.0 / np.maximum(sizes, 1)
@@ -88,15 +92,18 @@ def solve_counts(
 
     logs = np.log(ratios(pool), out=np.full(len(pool), np.log(1e-8)), where=guide > 0)
     weights = _best(found.sums(logs) * per_ngram, sizes, budget)  # the importance weights' choice is close already
-    done, gap = 0, np.inf
+    done, gap, kept_loss, scores = 0, np.inf, np.inf, np.zeros_like(pool)
     while True:
         q = learned(weights)
-        influence = found.sums(ratios(q))
+        found_ratios = ratios(q)
+        influence = found.sums(found_ratios)
         best = _best(influence * per_ngram, sizes, budget)
+        if (kept := phi(learned(best))) < kept_loss:
+            kept_loss, scores = kept, found_ratios
         towards = best - weights
         gap = (1 - prior) / budget * float(towards @ influence)  # convex: Phi - min Phi <= -<grad, towards>
         if done == steps or gap <= tolerance:
-            return CountSolution(ratios(q), weights, phi(q), phi(learned(best)), phi(pool), gap, done)
+            return CountSolution(scores, weights, phi(q), kept_loss, phi(pool), gap, done)
         weights = weights + towards * (2.0 / (done + 3))
         done += 1
 

@@ -121,8 +121,8 @@ class ScoreConfig:
     weight_decay 0; at a lower rate (both: a trunk's, such as 1e-3) a larger scale learns as fast."""
     start_deviation: float = bounded(1.0, above=0)
     """ngram, both: with init_from importance or counts: standard deviation of the raw scores at the start."""
-    count_smoothing: float = bounded(0.1, minimum=0)
-    """ngram, both: with init_from importance or counts: n-grams per bucket, spread over the buckets as the shard's own
-    are, that are added to the guide's counts: n-grams that a small guide lacks weigh less."""
+    count_smoothing: float = bounded(0.01, minimum=0, below=1)
+    """ngram, both: with init_from importance or counts: share of the shard's own n-grams in what the guide is taken to
+    be: n-grams that the guide lacks weigh less."""
     count_prior: float = bounded(0.05, above=0, below=1)
     """ngram, both: with init_from counts: share of the shard's own n-grams in what a selection is taken to teach."""

@@ -98,3 +98,17 @@ def test_machine_description_is_plain():
     assert machine["torch"] == torch.__version__ and machine["megatron_core"].startswith("0.")
     assert machine["cores"] >= 1 and machine["threads"] >= 1 and machine["device"]
     assert all(isinstance(value, (str, int)) for value in machine.values())
+
+
+def test_cuda_gets_only_kernels_that_have_a_deterministic_form() -> None:
+    """With a warning instead, attention's backward pass would add in any order."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for device, warns in (("cpu", True), ("cuda", False)):
+            platform.set_deterministic(True, torch.device(device))
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() is warns
+        platform.set_deterministic(False, torch.device("cuda"))
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

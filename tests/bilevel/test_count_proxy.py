@@ -50,7 +50,7 @@ def test_no_selection_is_better(seed: int) -> None:
     assert solution.gap <= 1e-4 and solution.loss <= min(losses) + solution.gap
     assert solution.loss < solution.control_loss < max(losses)
     kept = np.isin(np.arange(9), np.argsort(-found.sums(solution.ratios), kind="stable")[:3])
-    assert solution.kept_loss == pytest.approx(naive_loss(found, guide, kept))
+    assert solution.kept_loss == pytest.approx(naive_loss(found, guide, kept)) and solution.kept_loss >= min(losses)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -69,9 +69,24 @@ def test_no_move_from_one_unit_to_another_makes_it_better(seed: int) -> None:
         assert naive_loss(found, guide, moved) >= solution.loss - solution.gap
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_whose_units_are_best_kept_whole(seed: int) -> None:
+    """Few units: the scores at the minimum keep worse ones than the scores of a step before."""
+    found, guide = problem(12, 40, None, seed)
+    kept = [solved(found, guide, 0.25, steps=steps, tolerance=0.0).kept_loss for steps in range(30)]
+    assert all(after <= before for before, after in zip(kept, kept[1:], strict=False))
+    last = solved(found, guide, 0.25, steps=29, tolerance=0.0)
+    means = found.sums(last.ratios) / np.maximum(found.sizes, 1)
+    left, weights = 0.25 * found.sizes.sum(), np.zeros(12)
+    for unit in np.argsort(-means, kind="stable"):
+        weights[unit] = min(1.0, left / found.sizes[unit])
+        left -= weights[unit] * found.sizes[unit]
+    assert naive_loss(found, guide, weights) == pytest.approx(last.kept_loss) == pytest.approx(kept[-1])
+
+
 def test_scores_are_the_derivatives_of_the_loss() -> None:
     found, guide = problem(12, 15, 8, seed=7)
-    solution = solved(found, guide, 0.5, steps=3)
+    solution = solved(found, guide, 0.5, steps=0)
     influence = found.sums(solution.ratios)
     for unit in range(12):
         step = np.zeros(12)
