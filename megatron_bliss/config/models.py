@@ -127,11 +127,12 @@ class ScoreConfig:
     are, that are added to the guide's counts: n-grams that a small guide lacks weigh less."""
     count_prior: float = bounded(0.05, above=0, below=1)
     """With init_from counts: share of the shard's own n-grams in what a selection is taken to teach."""
-    distil_iters: int = bounded(300, minimum=1)
-    """transformer: with init_from importance or counts: steps that train it to give the scores of the table."""
+    distil_iters: int = bounded(1000, minimum=1)
+    """transformer: with init_from importance or counts: steps that train it to give the scores of the table.
+    A few hundred reach most of it; counts, whose scores have more of rare n-grams in them, gain from more."""
     distil_batch_size: int = bounded(32, minimum=1)
     """transformer: units per such step, over all ranks."""
     distil_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=30)
+        default_factory=lambda: OptimizerConfig(lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=50)
     )
     """transformer: optimiser of these steps."""
