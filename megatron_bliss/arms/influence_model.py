@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_bliss.arms.inputs import Inputs
+from megatron_bliss.arms.reading import scores_of
 from megatron_bliss.base import checkpoint
-from megatron_bliss.base.parallel import all_gather_object, broadcast_object, failing_together
+from megatron_bliss.base.parallel import broadcast_object, failing_together
 from megatron_bliss.bilevel import vector
-from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.config.training import OptimizerConfig
-from megatron_bliss.data.batches import Batch, BatchSchedule, UnitDataset, rank_share
+from megatron_bliss.data.batches import BatchSchedule, ChosenUnits
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.score import ScoreModel
 
@@ -62,11 +62,8 @@ def learn_influences(
 
 
 def _held_out_correlation(inputs: Inputs, model: ScoreModel, units: np.ndarray, influences: np.ndarray) -> float:
-    groups = inputs.groups
-    start, stop = rank_share(len(units), groups.rank, groups.world_size)
-    batch = inputs.source.batch(units[start:stop]).to(groups.device)
-    mine = score_batch(model, batch, micro_batch_size=inputs.micro_batch_size).cpu().numpy()
-    return spearman(np.concatenate(all_gather_object(mine, groups)), influences)
+    mine = scores_of(model, inputs.source, units, inputs.groups, inputs.micro_batch_size)
+    return spearman(mine, influences)
 
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
@@ -91,7 +88,7 @@ class InfluenceRegression:
         self, settings: Regression, model: ScoreModel, inputs: Inputs, units: np.ndarray, targets: np.ndarray
     ) -> None:
         self.model, self.groups, self.micro_batch_size = model, inputs.groups, inputs.micro_batch_size
-        source = _Probed(inputs.source, units)
+        source = ChosenUnits(inputs.source, units)
         self.batch_size, self.targets = settings.batch_size, torch.from_numpy(targets).float()
         self.batches = BatchSchedule(
             source,
@@ -139,18 +136,3 @@ class InfluenceRegression:
         self.steps_done = int(state["steps_done"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-class _Probed:
-    """The probed units of a shard as a batch source of their own; a batch's ``unit_ids`` are places among them."""
-
-    def __init__(self, source: UnitDataset, units: np.ndarray) -> None:
-        self.source, self.units, self.seq_length = source, units, source.seq_length
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def batch(self, ids: np.ndarray) -> Batch:
-        """The probed units at ``ids``."""
-        found = self.source.batch(self.units[ids])
-        return Batch(found.tokens, found.label_mask, found.lengths, torch.from_numpy(np.array(ids)))

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss.arms.inputs import Inputs
-from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.base.parallel import Groups, all_gather_object, failing_together
+from megatron_bliss.bilevel.hypergradient import score_batch
+from megatron_bliss.data.batches import BatchSource, rank_share
 from megatron_bliss.models.score import ScoreModel
 from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_blocks, score_units
 
@@ -42,3 +44,22 @@ def score_by_model(model: ScoreModel, inputs: Inputs, blocks: Path, name: str) -
         score_units(model, inputs.source, blocks, shard_pass(inputs, name))
     with failing_together(groups):  # by now every rank has written its blocks
         return gather_scores(blocks, len(inputs.source)) if groups.is_main else None
+
+
+def scores_of(
+    model: ScoreModel,
+    source: BatchSource,
+    units: np.ndarray,
+    groups: Groups,
+    micro_batch_size: int,
+    *,
+    raw: bool = False,
+) -> np.ndarray:
+    """Scores [n] of ``units`` [n] of a source, the same on every rank; ``raw``: f_i instead. Collective.
+
+    micro_batch_size: units per forward pass. For so few units that no file is needed.
+    """
+    start, stop = rank_share(len(units), groups.rank, groups.world_size)
+    batch = source.batch(units[start:stop]).to(groups.device)
+    mine = score_batch(model, batch, micro_batch_size=micro_batch_size, raw=raw).cpu().numpy()
+    return np.concatenate(all_gather_object(mine, groups))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config.bilevel import BilevelConfig
+from megatron_bliss.config.models import ScoreConfig
+from megatron_bliss.models.families.family import ngram_architecture
 from megatron_bliss.models.presets import Architecture, flops_per_token
 from megatron_bliss.models.score_architecture import ScoreArchitecture
 
@@ -37,3 +39,21 @@ def bilevel_flops(
     passes += (1 + lower) * score.flops_per_token(seq_length) + score.gradient_flops_per_token(seq_length)
     passes += config.lower_iters * teacher
     return config.upper_iters * (tokens * passes + validation)
+
+
+def distillation_tokens(config: ScoreConfig, seq_length: int, held_back: int) -> int:
+    """Tokens of all steps' batches and of the units that are held back, as if each were ``seq_length`` long."""
+    return (config.distil_iters * config.distil_batch_size + held_back) * seq_length
+
+
+def distillation_flops(config: ScoreConfig, score: ScoreArchitecture, seq_length: int, held_back: int) -> float:
+    """A score model without a table learns a table's scores (distillation.py), and is held against it.
+
+    A step is a forward pass and a gradient of the score model, and a forward pass of the table; ``held_back`` units are
+    read by both once. ``score``: the score model's parts.
+    """
+    table = ScoreArchitecture(ngrams=ngram_architecture(config))
+    forward = score.flops_per_token(seq_length) + table.flops_per_token(seq_length)
+    trained = config.distil_iters * config.distil_batch_size * seq_length
+    read = distillation_tokens(config, seq_length, held_back)
+    return read * forward + trained * score.gradient_flops_per_token(seq_length)

@@ -88,7 +88,7 @@ def step_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
     """Estimated peak of one upper step over ``samples`` at once."""
     walk = _walk_bytes(shape, samples, recompute=recompute, dual=True)
     score = shape.score or ScoreArchitecture(trunk=shape.arch)
-    return max(walk, _score_bytes(score, samples * shape.seq_length, shape.element_size))
+    return max(walk, score_bytes(score, samples * shape.seq_length, shape.element_size))
 
 
 def gradient_bytes(shape: StepShape, samples: int, *, recompute: bool) -> int:
@@ -118,7 +118,8 @@ def _walk_bytes(shape: StepShape, samples: int, *, recompute: bool, dual: bool) 
     )
 
 
-def _score_bytes(score: ScoreArchitecture, tokens: int, element_size: int) -> int:
+def score_bytes(score: ScoreArchitecture, tokens: int, element_size: int) -> int:
+    """The same of a gradient of the score model over ``tokens`` tokens at once."""
     arch, table = score.trunk, 4 * 2 * score.table_parameters + score.table_pass_bytes(tokens)
     if arch is None:
         return table

@@ -106,23 +106,33 @@ class ScoreConfig:
     """a in s_i = a(f(theta_s; xi_i))."""
     init_from: ScoreStart = "proxy"
     """What the first round starts from. proxy, fresh (transformer, both): the trunk is the warmed-up proxy's, or newly
-    initialised; a table of n-grams is 0. importance, counts (ngram, both): the trunk is the proxy's, and the table says
-    what counts alone can: the guide's n-grams against the shard's, or against those of the best selection."""
+    initialised; a table of n-grams is 0. importance, counts: the trunk is the proxy's, and a table says what counts
+    alone can: the guide's n-grams against the shard's, or against those of the best selection. transformer has no
+    table: it is trained to give the scores of one."""
     carry_over: bool = True
     """Each round goes on with the last round's score model; false: start anew each round."""
     head_init_std: float = bounded(0.0, minimum=0)
     """transformer, both: standard deviation of the linear unit's initial weights; 0 starts from equal scores."""
     ngram_max: int = bounded(2, minimum=1, maximum=3)
-    """ngram, both: longest n-gram of tokens that counts; all shorter ones do, too."""
+    """Longest n-gram of tokens that counts; all shorter ones do, too. transformer: where counts are its start."""
     ngram_buckets: int = bounded(2**17, minimum=1, maximum=2**30)
-    """ngram, both: rows of the table that n-grams are hashed into; a power of 2 is fastest."""
+    """Rows of the table that n-grams are hashed into; a power of 2 is fastest. transformer: as ngram_max."""
     ngram_scale: float = bounded(32.0, above=0)
     """ngram, both: f = this x mean of the unit's entries. 32 suits a bilevel.score_optimizer with lr 1e-2 and
     weight_decay 0; at a lower rate (both: a trunk's, such as 1e-3) a larger scale learns as fast."""
     start_deviation: float = bounded(1.0, above=0)
-    """ngram, both: with init_from importance or counts: standard deviation of the raw scores at the start."""
+    """With init_from importance or counts: standard deviation of the raw scores at the start."""
     count_smoothing: float = bounded(0.01, minimum=0, below=1)
-    """ngram, both: with init_from importance or counts: share of the shard's own n-grams in what the guide is taken to
-    be: n-grams that the guide lacks weigh less."""
+    """With init_from importance or counts: share of the shard's own n-grams in what the guide is taken to be: n-grams
+    that the guide lacks weigh less."""
     count_prior: float = bounded(0.05, above=0, below=1)
-    """ngram, both: with init_from counts: share of the shard's own n-grams in what a selection is taken to teach."""
+    """With init_from counts: share of the shard's own n-grams in what a selection is taken to teach."""
+    distil_iters: int = bounded(1000, minimum=1)
+    """transformer: with init_from importance or counts: steps that train it to give the scores of the table.
+    A few hundred reach most of it; counts, whose scores have more of rare n-grams in them, gain from more."""
+    distil_batch_size: int = bounded(32, minimum=1)
+    """transformer: units per such step, over all ranks."""
+    distil_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=50)
+    )
+    """transformer: optimiser of these steps."""

@@ -125,6 +125,24 @@ def open_labelled(prefix: str, seq_length: int, vocab_size: int | None = None) -
     return kind(prefix, seq_length, vocab_size)
 
 
+class ChosenUnits:
+    """Some samples of a source as a source of their own; a batch's ``unit_ids`` are places among them.
+
+    ``units``: int64 [n], their numbers in ``source``.
+    """
+
+    def __init__(self, source: BatchSource, units: np.ndarray) -> None:
+        self.source, self.units, self.seq_length = source, units, source.seq_length
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """The samples at the places ``ids``."""
+        found = self.source.batch(self.units[ids])
+        return Batch(found.tokens, found.label_mask, found.lengths, torch.from_numpy(np.array(ids)))
+
+
 class SampleOrder:
     """Which sample stands at position k of an endless, seeded, epoch-wise shuffled sequence of 0 … size − 1."""
 

@@ -158,7 +158,7 @@ def build_score_model(
 def saved_score_model(state: Mapping, device: torch.device | str = "cpu") -> ScoreModel:
     """The score model in the final.pt of a bilevel stage, by what the file says of it (:func:`describe`)."""
     described = state["score"]
-    config = ScoreConfig(**{one.name: described[one.name] for one in fields(ScoreConfig)})
+    config = ScoreConfig(**{one.name: described[one.name] for one in fields(ScoreConfig) if one.name in described})
     architecture = Architecture(**state["architecture"])
     model = build_score_model(config, architecture, seed=0, eod=described["eod"], device=device)
     model.load_state_dict(state["score_model"])

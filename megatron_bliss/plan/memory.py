@@ -19,13 +19,17 @@ from megatron_bliss.bilevel.memory import (
     block_elements,
     kept_bytes,
     planned_gradient_bytes,
+    score_bytes,
 )
 from megatron_bliss.bilevel.scheme import ENGINE, Scheme
 from megatron_bliss.bilevel.teacher import TEACHER_MICRO_BATCH
+from megatron_bliss.bilevel.train import split_batch
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.config import Config
+from megatron_bliss.models.families.family import ngram_architecture
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.models.score_architecture import ScoreArchitecture
+from megatron_bliss.run.order import distils
 from megatron_bliss.target.memory import (
     FP32_BYTES,
     MOMENT_BYTES,
@@ -35,6 +39,7 @@ from megatron_bliss.target.memory import (
     weight_count,
 )
 
+STAGE = "distillation"
 ROOM = 0.1
 """Share of a device's memory that a plan leaves to what it does not count."""
 
@@ -56,6 +61,8 @@ def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, mo
     sizing = _Sizing(config, device, layout, memory_gib, models)
     learning = _bilevel_stages(config)
     stages = [sizing.training(), sizing.proxy_warmup(), *starmap(sizing.bilevel, learning.items())]
+    if distils(config.score, 1) and any(scheme.learns_scores for _, scheme in learning.values()):
+        stages.append(sizing.distillation())
     stages += [sizing.score(), sizing.evaluate()]
     own = sizing.arms()
     stages += [_entry(one.stage, one.parameters, one.gradients, one.optimizer, one.working) for one in own]
@@ -166,6 +173,20 @@ class _Sizing:
             working = held + max(working, forward + (self.weights if settings.offload_target else 0))
         return _entry(name, parameters, 0, optimizer, working) | {"micro_batch_size": at_once}
 
+    def distillation(self) -> dict:
+        """The score model learns a table's scores beside the idle proxy, before the bilevel stage's first step."""
+        config, score = self.config.bilevel, self.score_model
+        element_size, samples = DTYPES[config.params_dtype].itemsize, self.share(self.config.score.distil_batch_size)
+        sizes = self.proxy, samples, self.seq_length
+        at_once = split_batch(config, *sizes, device=self.device, score=score)[0] or samples
+        table = ngram_architecture(self.config.score)
+        parameters = FP32_BYTES * (self.proxy_count + score.parameters + table.buckets)
+        parameters += self._pass_bytes(element_size) if element_size < FP32_BYTES else 0
+        tokens = min(at_once, samples) * self.seq_length
+        working = score_bytes(score, tokens, element_size)
+        working = max(working, ScoreArchitecture(ngrams=table).table_pass_bytes(tokens))
+        return _entry(STAGE, parameters, 0, MOMENT_BYTES * score.parameters, working)
+
     def _teacher_bytes(self, samples: int) -> tuple[int, int]:
         """(output matrix and this rank's hidden states, a forward pass over the model-parallel group's samples)."""
         target, config = self.target, self.config.target
@@ -223,6 +244,7 @@ def _changes(config: Config, entry: dict, usable: float) -> Sequence[str]:
         return _training_changes(config, held, usable)
     return {
         "proxy warm-up": ["set proxy.warmup_micro_batch_size"],
+        STAGE: ["lower score.distil_batch_size, or set bilevel.memory_limit_gib or bilevel.micro_batch_size"],
         "score": ["lower scoring.micro_batch_size"],
         "evaluate": ["lower evaluation.micro_batch_size and evaluation.batch_tokens"],
     }[entry["stage"]]

@@ -13,7 +13,9 @@ from functools import partial
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Shard
+from megatron_bliss.arms.distilled_start import held_back_units
 from megatron_bliss.base.parallel import check_world_size
+from megatron_bliss.bilevel.flops import distillation_flops, distillation_tokens
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.models.families import FAMILIES
@@ -22,7 +24,7 @@ from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import Models, memory_plan
 from megatron_bliss.run.checks import check_layout, check_options, not_ready
-from megatron_bliss.run.order import round_stages
+from megatron_bliss.run.order import distils, round_stages
 from megatron_bliss.target.layout import check_layout as check_target_layout
 from megatron_bliss.target.learning_rate import learning_rate_at
 from megatron_bliss.target.pretrained import configured_architecture
@@ -161,19 +163,28 @@ def _stages(config: Config, models: Models, corpus: Corpus) -> Iterator[dict]:
     for arm in config.arms:
         for number in range(1, config.rounds + 1):
             costs = {**fixed, "score": _scoring(config, arm, number, models, corpus)}
-            costs["bilevel"] = _learning(config, arm, models)
+            costs["bilevel"] = _learning(config, arm, number, models, corpus)
             for stage in round_stages(config, arm):
                 yield _record(arm, number, stage, *costs.get(stage, (0, 0.0)))
 
 
-def _learning(config: Config, arm: str, models: Models) -> tuple[int, float]:
-    """Tokens that an arm's bilevel stage draws, and its FLOPs."""
+def _learning(config: Config, arm: str, number: int, models: Models, corpus: Corpus) -> tuple[int, float]:
+    """Tokens that an arm's bilevel stage draws, and its FLOPs; those of a distillation at its start with them."""
     settings, seq_length = ARMS[arm].bilevel_options(config.bilevel), config.data.seq_length
     scheme = ARMS[arm].scheme
     samples = scheme.batches(settings) * settings.global_batch_size + settings.validation_batch_size
-    return settings.upper_iters * samples * seq_length, scheme.flops(
-        settings, models.proxy, models.target, seq_length, models.score
-    )
+    start_tokens, start_flops = _distillation(config, arm, number, models, corpus)
+    flops = scheme.flops(settings, models.proxy, models.target, seq_length, models.score)
+    return settings.upper_iters * samples * seq_length + start_tokens, flops + start_flops
+
+
+def _distillation(config: Config, arm: str, number: int, models: Models, corpus: Corpus) -> tuple[int, float]:
+    """Tokens and FLOPs of teaching a round's score model what counts say; 0 where it starts otherwise."""
+    if not (ARMS[arm].scheme.learns_scores and distils(config.score, number)):
+        return 0, 0.0
+    seq_length, held_back = config.data.seq_length, held_back_units(corpus.units[number])
+    tokens = distillation_tokens(config.score, seq_length, held_back)
+    return tokens, distillation_flops(config.score, models.score, seq_length, held_back)
 
 
 def _scoring(config: Config, arm: str, number: int, models: Models, corpus: Corpus) -> tuple[int, float]:
@@ -209,9 +220,10 @@ def _parts(record: dict, config: Config, machine: Machine, models: Models) -> li
         return [(_scoring_dtype(config, record["arm"]), flops, small)]
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision, and is no small model
         arm = ARMS[record["arm"]]
-        settings = replace(arm.bilevel_options(config.bilevel), kl_weight=0.0)
-        alone = arm.scheme.flops(settings, models.proxy, models.target, config.data.seq_length, models.score)
-        return [(platform.params_dtype, flops - alone, machine.mfu), (settings.params_dtype, alone, small)]
+        settings = arm.bilevel_options(config.bilevel)
+        sizes = models.proxy, models.target, config.data.seq_length, models.score
+        frozen = arm.scheme.flops(settings, *sizes) - arm.scheme.flops(replace(settings, kl_weight=0.0), *sizes)
+        return [(platform.params_dtype, frozen, machine.mfu), (settings.params_dtype, flops - frozen, small)]
     return [(platform.params_dtype, flops, machine.mfu)]
 
 

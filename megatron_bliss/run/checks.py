@@ -19,7 +19,7 @@ from megatron_bliss.models.families import check_family
 from megatron_bliss.models.families.family import TABLE_STARTS
 from megatron_bliss.models.presets import is_sized
 from megatron_bliss.run.options import parse_options
-from megatron_bliss.run.order import round_stages
+from megatron_bliss.run.order import distils, round_stages
 from megatron_bliss.selection.near_duplicates import check_library
 from megatron_bliss.selection.select import check_schedule, check_selection, domain_field
 
@@ -78,7 +78,8 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
         )
     _check_every_rank_draws(config, world_size)
     warnings = []
-    for name in ("bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"):
+    names = ["bilevel.global_batch_size", "bilevel.validation_batch_size", "proxy.warmup_batch_size"]
+    for name in [*names, "score.distil_batch_size"] if distils(config.score, 1) else names:
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
         if value < world_size:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.config.config import Config
+from megatron_bliss.config.models import ScoreConfig
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.stages import ROUND_STAGES
+from megatron_bliss.models.families import FAMILIES
+from megatron_bliss.models.families.family import TABLE_STARTS
 from megatron_bliss.selection.select import in_round
 
 OWN_STAGES = ROUND_STAGES[: ROUND_STAGES.index("score")]
@@ -19,6 +22,16 @@ def selection_of(config: Config, arm: str, number: int) -> SelectionConfig:
     if ARMS[arm].keeps_all:
         return SelectionConfig(epoch_warning=config.selection.epoch_warning, settings={"fraction": 1.0})
     return in_round(config.selection, number)
+
+
+def starts_anew(config: ScoreConfig, number: int) -> bool:
+    """Whether a round's score model is not that of the round before."""
+    return number == 1 or not config.carry_over
+
+
+def distils(config: ScoreConfig, number: int) -> bool:
+    """Whether a round's score model begins by learning what counts say, because it has no table to put it in."""
+    return starts_anew(config, number) and config.init_from in TABLE_STARTS and FAMILIES[config.family].distils
 
 
 def round_stages(config: Config, arm: str) -> list[str]:

@@ -13,10 +13,14 @@ from megatron_bliss.config.config import Config
 from megatron_bliss.data.batches import BatchSchedule, BatchSource
 from megatron_bliss.data.guide import GuideSchedule, GuideSets
 from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.run.folder import RunFolder
 from megatron_bliss.target.pretrained import configured_architecture
 from megatron_bliss.target.setup import TargetSetup
+
+FINAL_STATE = "final.pt"
+"""Where a stage that trains proxy and score model leaves them."""
 
 
 def derive_seed(seed: int, *names: object) -> int:
@@ -130,6 +134,19 @@ class Round:
         """Folder and record of a stage that has to be finished before ``needed_by`` can start."""
         folder = self.folder(stage)
         return folder, self.session.folder.require(folder, needed_by)
+
+    def train(self, trainer: Trainer, steps: int, folder: Path, stage: str) -> None:
+        """Train to ``steps``, with states in ``folder`` to go on from and metrics of ``stage``."""
+        config = self.session.config
+        books = Bookkeeping(
+            folder=folder,
+            save_interval=config.checkpoint.save_interval,
+            log_interval=config.logging.log_interval,
+            metrics=self.session.metrics,
+            labels={**self.labels, "stage": stage},
+            show_progress=self.session.show_progress,
+        )
+        run_steps(trainer, steps, books, self.session.groups)
 
     def seed(self, *purpose: object) -> int:
         """A seed of its own for a purpose of this round."""

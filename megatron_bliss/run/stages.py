@@ -15,7 +15,6 @@ import numpy as np
 
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.inputs import Inputs
-from megatron_bliss.arms.score_starts import TABLES, fill_table
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
@@ -31,20 +30,18 @@ from megatron_bliss.data.samples import best_and_worst
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.models.flops import proxy_warmup_flops
-from megatron_bliss.models.loop import Bookkeeping, Trainer, run_steps
+from megatron_bliss.models.loop import Trainer
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import open_guide, shard_prefix, shares_by_field
-from megatron_bliss.run.order import ASSUMED_SHARE, round_tokens, selection_of
-from megatron_bliss.run.session import Round, Session, derive_seed, warmup
+from megatron_bliss.run.order import round_tokens, selection_of
+from megatron_bliss.run.score_starts import Start, start_score_model
+from megatron_bliss.run.session import FINAL_STATE, Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
-from megatron_bliss.selection.select import apply_policy, kept_share, repetition_warnings, selection_lines
+from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
 from megatron_bliss.target.pretrained import load_pretrained_proxy
-
-FINAL_STATE = "final.pt"
-"""Where a stage that trains proxy and score model leaves them."""
 
 
 def warm_up_proxy(session: Session, folder: Path) -> dict:
@@ -56,7 +53,7 @@ def warm_up_proxy(session: Session, folder: Path) -> dict:
     source = UnitDataset(shard_prefix(session, 0), config.data.seq_length, session.vocab_size)
     batches = session.schedule(source, config.proxy.warmup_batch_size, "proxy warm-up")
     trainer = ProxyWarmup(config.proxy, proxy, batches, session.groups)
-    _run_trainer(warmup(session), trainer, config.proxy.warmup_iters, folder, "proxy")
+    warmup(session).train(trainer, config.proxy.warmup_iters, folder, "proxy")
     _save_final(session, folder, {"proxy": proxy.state_dict(), "architecture": asdict(proxy.architecture)})
     return {"flops": proxy_warmup_flops(config.proxy, session.proxy_architecture, config.data.seq_length)}
 
@@ -67,9 +64,10 @@ def learn_scores(this: Round, folder: Path) -> dict:
     arm = ARMS[this.arm]
     settings = arm.bilevel_options(config.bilevel)
     if not settings.upper_iters:
-        return _keep_start(this, folder)
+        return _keep_start(this, folder, settings)
     proxy = _start_proxy(this)
-    score_model, warnings = _start_score_model(this, proxy) if arm.scheme.learns_scores else (None, [])
+    start = start_score_model(this, proxy, folder, settings) if arm.scheme.learns_scores else Start(None)
+    score_model, warnings = start.model, start.warnings
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_guide(session)
@@ -82,14 +80,14 @@ def learn_scores(this: Round, folder: Path) -> dict:
         session.schedule(validation, settings.validation_batch_size, "validation", this.number),
         session.groups,
     )
-    warnings += trainer.check_precision()
+    warnings = [*warnings, *trainer.check_precision()]
     _warn(this, warnings)
-    _run_trainer(this, trainer, settings.upper_iters, folder, "bilevel")
+    this.train(trainer, settings.upper_iters, folder, "bilevel")
     described = _described(session) if score_model is not None else {"architecture": asdict(proxy.architecture)}
     _save_final(session, folder, trainer.learned() | described)
     models = session.proxy_architecture, session.target_architecture
     score = score_model.score_architecture if score_model is not None else None
-    flops = arm.scheme.flops(settings, *models, config.data.seq_length, score)
+    flops = start.flops + arm.scheme.flops(settings, *models, config.data.seq_length, score)
     loss, warnings = trainer.monitors.validation_loss, [*warnings, *trainer.monitors.warnings]
     advice = validation_advice([value for value in (*_validation_losses(this), loss) if value is not None])
     if advice:
@@ -99,15 +97,15 @@ def learn_scores(this: Round, folder: Path) -> dict:
     return {"flops": flops, "validation_loss": loss, "warnings": warnings}
 
 
-def _keep_start(this: Round, folder: Path) -> dict:
+def _keep_start(this: Round, folder: Path, settings: BilevelConfig) -> dict:
     """Leave the score model as it starts; the proxy is looked at for its trunk only, where the family has one."""
     session = this.session
     family = FAMILIES[session.config.score.family]
     has_trunk = family.architecture(session.config.score, session.proxy_architecture).trunk is not None
-    score_model, warnings = _start_score_model(this, _start_proxy(this) if has_trunk else None)
-    _warn(this, warnings)
-    _save_final(session, folder, {"score_model": score_model.state_dict(), **_described(session)})
-    return {"flops": 0.0, "validation_loss": None, "warnings": warnings}
+    start = start_score_model(this, _start_proxy(this) if has_trunk else None, folder, settings)
+    _warn(this, start.warnings)
+    _save_final(session, folder, {"score_model": start.model.state_dict(), **_described(session)})
+    return {"flops": start.flops, "validation_loss": None, "warnings": start.warnings}
 
 
 def _warn(this: Round, warnings: list[str]) -> None:
@@ -153,7 +151,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
     def train(trainer: Trainer, steps: int) -> None:
         folder = parts / "training"
         folder.mkdir(parents=True, exist_ok=True)
-        _run_trainer(this, trainer, steps, folder, "score")
+        this.train(trainer, steps, folder, "score")
 
     return Inputs(
         source=source,
@@ -269,57 +267,11 @@ def _saved_proxy(session: Session, folder: Path, needed_for: str) -> LanguageMod
     return proxy
 
 
-def _new_score_model(session: Session, trunk: LanguageModel | None) -> ScoreModel:
-    return build_score_model(
-        session.config.score,
-        session.proxy_architecture,
-        seed=derive_seed(session.config.seed, "score model"),
-        trunk_from=trunk,
-        eod=session.eod,
-        device=session.groups.device,
-    )
-
-
-def _start_score_model(this: Round, proxy: LanguageModel | None) -> tuple[ScoreModel, list[str]]:
-    """The score model a round starts from, and what is to be warned of: the last round's, or a new one on the warmed-up
-    proxy's or a fresh trunk."""
-    config = this.session.config.score
-    model = _new_score_model(this.session, None if config.init_from == "fresh" else proxy)
-    if config.carry_over and this.number > 1:
-        folder, _ = this.before.require("bilevel", f"bilevel of round {this.number}")
-        model.load_state_dict(checkpoint.load_state(folder / FINAL_STATE)["score_model"])
-    elif config.init_from in TABLES:
-        return model, _count_start(this, model)
-    return model, []
-
-
-def _count_start(this: Round, model: ScoreModel) -> list[str]:
-    """Start the model's table from counts of the round's shard and the guide; warnings."""
-    session, config = this.session, this.session.config
-    source = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
-    selection = selection_of(config, this.arm, this.number)
-    share = kept_share(selection, float(source.corpus.lengths.sum(dtype=np.int64)), round_tokens(config))
-    return fill_table(model.ngrams, config.score, source, open_guide(session), share or ASSUMED_SHARE, session.groups)
-
-
 def _teacher(this: Round, settings: BilevelConfig) -> TargetTeacher:
     """The frozen target of the KL term: as the round before left it."""
     session = this.session
     target = load_saved_target(session, target_checkpoint(this.before))
     return TargetTeacher(target, session.groups, session.vocab_size, offload=settings.offload_target)
-
-
-def _run_trainer(this: Round, trainer: Trainer, steps: int, folder: Path, stage: str) -> None:
-    session = this.session
-    books = Bookkeeping(
-        folder=folder,
-        save_interval=session.config.checkpoint.save_interval,
-        log_interval=session.config.logging.log_interval,
-        metrics=session.metrics,
-        labels={**this.labels, "stage": stage},
-        show_progress=session.show_progress,
-    )
-    run_steps(trainer, steps, books, session.groups)
 
 
 def _save_final(session: Session, folder: Path, state: dict) -> None:

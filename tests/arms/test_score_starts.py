@@ -13,6 +13,7 @@ import torch
 from megatron_bliss.arms import score_starts
 from megatron_bliss.bilevel.count_proxy import solve_counts
 from megatron_bliss.config.models import ModelConfig, ScoreConfig
+from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.families import check_family
@@ -160,9 +161,13 @@ def warnings(folder: Path, config: ScoreConfig) -> list[str]:
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"ngram_max": 3}, "found score.ngram_max 3 with score.init_from proxy"),
+        ({"ngram_buckets": 5}, "found score.ngram_buckets 5 with score.init_from proxy"),
+        ({"init_from": "counts", "ngram_scale": 2.0}, "found score.ngram_scale 2.0 with score.family transformer"),
+        ({"distil_iters": 5}, "found score.distil_iters 5 with score.init_from proxy"),
         (
-            {"family": "transformer", "init_from": "counts"},
-            "found score.init_from counts with score.family transformer",
+            {"family": "both", "init_from": "counts", "distil_optimizer": OptimizerConfig(lr=0.5)},
+            "found score.distil_optimizer .* with score.family both",
         ),
         ({"family": "ngram", "start_deviation": 2.0}, "found score.start_deviation 2.0 with score.init_from proxy"),
         (

@@ -124,8 +124,6 @@ def test_a_file_says_what_its_model_is(family: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"ngram_max": 3},
-        {"ngram_buckets": 5},
         {"ngram_scale": 1.0},
         {"family": "ngram", "init_from": "fresh"},
         {"family": "ngram", "head_init_std": 0.5},

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bliss.bilevel.flops import bilevel_flops
+from megatron_bliss.bilevel.flops import bilevel_flops, distillation_flops
 from megatron_bliss.bilevel.memory import GIB, StepShape, step_bytes
 from megatron_bliss.bilevel.published_costs import published_flops
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.models import ModelConfig
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.models.families import FAMILIES
 from megatron_bliss.models.presets import resolve_architecture, trunk_flops_per_token
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.plan.text import format_plan
@@ -29,6 +30,7 @@ from tools import plan as tool
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config.yaml"))
+PROXY = ModelConfig(preset="pythia-31m")
 RANKS = {"quickstart": 2, "web_text": 2}
 
 
@@ -192,6 +194,41 @@ def test_a_score_model_of_ngrams_costs_next_to_nothing() -> None:
     assert memory(table)["score"]["working"] < 0.2 * memory(trunk)["score"]["working"]
     disk = [planned["disk"]["parts"]["proxy and score model"] for planned in (trunk, table)]
     assert disk[0] - disk[1] == 4 * 16 * (counts[0] - 2**17)  # in 4 rounds, with moments and once more in final.pt
+
+
+def test_teaching_a_transformer_what_counts_say_is_planned() -> None:
+    start = ("--score.init_from", "counts", "--score.distil_iters", "500", "--score.distil_batch_size", "64")
+    given, plain = plan("pythia_1b_c4", *start, device="h100"), plan("pythia_1b_c4", device="h100")
+    rounds = [[one for one in planned["stages"] if one["stage"] == "bilevel"] for planned in (given, plain)]
+    more = [
+        {key: one[key] - other[key] for key in ("tokens", "flops", "seconds")}
+        for one, other in zip(*rounds, strict=True)
+    ]
+    settings = config("pythia_1b_c4", *start)
+    score = FAMILIES["transformer"].architecture(settings.score, resolve_architecture(PROXY, 50304))
+    assert more[0]["tokens"] == (500 * 64 + 1024) * 1024
+    flops = distillation_flops(settings.score, score, 1024, 1024)
+    assert more[0]["flops"] == pytest.approx(flops, rel=1e-6)
+    peak = PEAK_TFLOPS["H100"][settings.bilevel.params_dtype] * 1e12
+    assert more[0]["seconds"] == pytest.approx(flops / (8 * peak * 0.4), rel=1e-6)  # none of it is the target's work
+    assert more[1:] == [{"tokens": 0, "flops": 0, "seconds": 0}] * 3  # the last round's score model goes on
+    anew = plan("pythia_1b_c4", *start, "--score.carry_over", "false")
+    assert len({one["flops"] for one in anew["stages"] if one["stage"] == "bilevel"}) == 1
+    whole = memory(plan("pythia_1b_c4", *start))["distillation"]
+    assert whole["optimizer"] == 8 * score.parameters and "distillation" not in memory(plain)
+    split = memory(plan("pythia_1b_c4", *start, "--bilevel.micro_batch_size", "2"))["distillation"]
+    assert split["working"] < 0.5 * whole["working"] and split["parameters"] == whole["parameters"]
+    tight = plan("pythia_1b_c4", *start, "--score.distil_batch_size", "4096", memory_gib=20.0)
+    assert any("lower score.distil_batch_size" in text for text in tight["memory"]["advice"])
+    few = plan("pythia_1b_c4", *start, "--score.distil_batch_size", "4")["warnings"]
+    assert any("score.distil_batch_size 4 on 8 ranks leaves 4 of them" in text for text in few)
+
+
+@pytest.mark.parametrize("family", ["ngram", "both"])
+def test_a_table_that_starts_from_counts_costs_no_step(family: str) -> None:
+    options = "--score.family", family, "--bilevel.score_optimizer.lr", "1e-3"
+    given, plain = (plan("pythia_1b_c4", *options, *more) for more in (("--score.init_from", "counts"), ()))
+    assert given["stages"] == plain["stages"] and given["memory"] == plain["memory"]
 
 
 def test_training_memory_is_near_the_measured() -> None:

@@ -40,6 +40,9 @@ from megatron_bliss.selection import near_duplicates
         ("--baselines.mates.regressor_iters=0", "baselines.mates.regressor_iters 0, expected 1 or more"),
         ("--baselines.mates.lr=-1", "baselines.mates.lr -1.0, expected 0 or more"),
         ("--evaluation.tasks=[sciq]", "evaluation.data_dir ''"),
+        ("--score.distil_iters=0", "score.distil_iters 0, expected 1 or more"),
+        ("--score.distil_batch_size=0", "score.distil_batch_size 0, expected 1 or more"),
+        ("--score.distil_optimizer.lr=0", "score.distil_optimizer.lr 0.0, expected more than 0"),
     ],
 )
 def test_impossible_combinations_say_what_to_change(change: str, message: str, options: list[str]) -> None:

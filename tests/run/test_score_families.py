@@ -90,6 +90,65 @@ def test_steps_go_on_from_the_counts_and_a_killed_stage_from_its_steps(corpus: P
     assert tables[1].abs().max() > 0 and 0 < moved.max() < 0.2  # 8 steps of 1e-2 at most
 
 
+DISTILLED = (
+    *("--arms", "bliss", "--evaluation.tasks", "[]", "--score.init_from", "counts", "--score.ngram_buckets", "4096"),
+    *("--score.distil_iters", "8", "--score.distil_batch_size", "4", "--score.activation", "identity"),
+)
+
+
+def flops_of(run_folder: Path) -> dict[tuple, float]:
+    return {(one["arm"], one["round"], one["stage"]): one["flops"] for one in read_stages(run_folder)}
+
+
+def test_a_transformer_learns_what_counts_say_and_a_killed_run_ends_with_the_same(corpus: Path, tmp_path: Path) -> None:
+    """Killed twice: amid the distillation, and amid the upper steps that follow it."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert (done := run(corpus, whole, *DISTILLED)).returncode == 0, done.stderr
+    assert "bliss, round 1: scores have a rank correlation of" in done.stderr
+    kill_when(corpus, killed, "bliss/round_01/bilevel/distillation/latest.pt", *DISTILLED)
+    kill_when(corpus, killed, "bliss/round_01/bilevel/latest.pt", *DISTILLED)
+    assert (again := run(corpus, killed, *DISTILLED)).returncode == 0, again.stderr
+    assert metric_lines(killed) == metric_lines(whole)
+    for number in (1, 2):
+        scores = [folder / f"bliss/round_{number:02d}/score/scores.npy" for folder in (killed, whole)]
+        assert scores[0].read_bytes() == scores[1].read_bytes()
+    lines = [line for line in metric_lines(whole) if line["stage"] == "distillation"]
+    assert [line["step"] for line in lines] == [*range(1, 9), 8]  # round 2 goes on with the score model of round 1
+    assert {line["round"] for line in lines} == {1} and lines[0]["unexplained"] == lines[0]["loss"]
+    records = [json.loads((one / "bliss/round_01/bilevel/done.json").read_text()) for one in (killed, whole)]
+    assert records[0]["warnings"] == records[1]["warnings"] and records[0]["needs"] == records[1]["needs"]
+    low = [text for text in records[1]["warnings"] if "of the counts on units held back" in text]
+    assert bool(low) == (lines[-1]["rank_correlation"] < 0.8)
+    planned = make_plan(parse_arguments(command(corpus, whole, *DISTILLED)[2:]), Machine(world_size=1))
+    assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]} == flops_of(whole)
+
+
+def test_a_distilled_start_may_be_kept_as_it_is(corpus: Path, tmp_path: Path) -> None:
+    options = (
+        *DISTILLED,
+        "--bilevel.upper_iters",
+        "0",
+        "--score.carry_over",
+        "false",
+        "--bilevel.params_dtype",
+        "bf16",
+    )
+    assert (done := run(corpus, tmp_path / "run", *options)).returncode == 0, done.stderr
+    lines = metric_lines(tmp_path / "run")
+    assert not [line for line in lines if line["stage"] == "bilevel"]
+    for number in (1, 2):
+        folder = tmp_path / f"run/bliss/round_{number:02d}"
+        assert len(np.unique(np.load(folder / "score/scores.npy"))) > 10
+        assert [line for line in lines if line["round"] == number and "rank_correlation" in line]
+        models = [
+            checkpoint.load_state(folder / "bilevel" / name)["score_model"] for name in ("distilled.pt", "final.pt")
+        ]
+        assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
+    planned = make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))
+    found = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]}
+    assert found == flops_of(tmp_path / "run") and found["bliss", 2, "bilevel"] > 0
+
+
 def test_an_option_of_another_family_is_refused_before_anything_runs(corpus: Path, tmp_path: Path) -> None:
     refused = run(corpus, tmp_path / "run", "--score.family", "ngram", "--score.head_init_std", "0.1")
     assert refused.returncode == 2 and "found score.head_init_std 0.1 with score.family ngram" in refused.stderr

@@ -7,7 +7,6 @@ from dataclasses import fields
 
 from megatron_bliss.config.choices import Choices
 from megatron_bliss.config.models import ScoreConfig
-from megatron_bliss.models.families.family import START_OPTIONS
 
 FAMILIES = Choices("megatron_bliss.models.families", "FAMILY", ("transformer", "ngram", "both"))
 """score.family → :class:`~megatron_bliss.models.families.family.Family`."""
@@ -15,7 +14,8 @@ FAMILIES = Choices("megatron_bliss.models.families", "FAMILY", ("transformer", "
 
 def check_family(config: ScoreConfig) -> None:
     """ValueError for an option of other families that is set: it would do nothing."""
-    defaults = {one.name: one.default for one in fields(ScoreConfig)}
+    plain = ScoreConfig()
+    defaults = {one.name: getattr(plain, one.name) for one in fields(ScoreConfig)}
     owners = {name: [key for key, one in FAMILIES.items() if name in one.options] for name in defaults}
     for name, families in owners.items():
         value = getattr(config, name)
@@ -24,13 +24,13 @@ def check_family(config: ScoreConfig) -> None:
                 f"found score.{name} {value} with score.family {config.family}, expected its default "
                 f"{defaults[name]}: it is for {' and '.join(families)} alone; leave it out, or set score.family"
             )
-    starts = FAMILIES[config.family].starts
-    if config.init_from not in starts:
+    family = FAMILIES[config.family]
+    if config.init_from not in family.starts:
         raise ValueError(
             f"found score.init_from {config.init_from} with score.family {config.family}, expected "
-            f"{', '.join(starts)}: change one of the two"
+            f"{', '.join(family.starts)}: change one of the two"
         )
-    for name, needing in START_OPTIONS.items():
+    for name, needing in family.start_options.items():
         value = getattr(config, name)
         if config.init_from not in needing and value != defaults[name]:
             raise ValueError(

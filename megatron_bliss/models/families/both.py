@@ -2,6 +2,7 @@
 
 from megatron_bliss.models.families.family import (
     NGRAM_OPTIONS,
+    START_OPTIONS,
     TABLE_STARTS,
     TRUNK_OPTIONS,
     TRUNK_STARTS,
@@ -15,4 +16,5 @@ FAMILY = Family(
     architecture=lambda config, proxy: ScoreArchitecture(trunk=proxy, ngrams=ngram_architecture(config)),
     options=(*TRUNK_OPTIONS, *NGRAM_OPTIONS),
     starts=(*TRUNK_STARTS, *TABLE_STARTS),
+    start_options=START_OPTIONS,
 )

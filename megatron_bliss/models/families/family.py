@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +25,10 @@ class Family:
     """Fields of the section that say something to it, of those that do not hold for every family."""
     starts: tuple[str, ...]
     """What score.init_from may be; a family without a trunk or a table ignores that part of it."""
+    start_options: Mapping[str, tuple[str, ...]]
+    """Option -> the values of score.init_from that it says something to, of those that do not hold for all."""
+    distils: bool = False
+    """Whether it has no table: with a start from counts, it learns the scores of one."""
 
 
 def ngram_architecture(config: ScoreConfig) -> NgramArchitecture:
@@ -36,5 +40,9 @@ TRUNK_STARTS = ("proxy", "fresh")
 TABLE_STARTS = ("importance", "counts")
 START_OPTIONS = {"start_deviation": TABLE_STARTS, "count_smoothing": TABLE_STARTS, "count_prior": ("counts",)}
 """Option -> the values of score.init_from that it says something to."""
+DISTIL_OPTIONS = dict.fromkeys(
+    ("ngram_max", "ngram_buckets", "distil_iters", "distil_batch_size", "distil_optimizer"), TABLE_STARTS
+)
+"""The same of a family that has no table of its own."""
 TRUNK_OPTIONS = ("head_init_std",)
 NGRAM_OPTIONS = ("ngram_max", "ngram_buckets", "ngram_scale", *START_OPTIONS)

@@ -1,6 +1,12 @@
 """A linear model over hashed n-grams of tokens: a thousandth of a trunk's work."""
 
-from megatron_bliss.models.families.family import NGRAM_OPTIONS, TABLE_STARTS, Family, ngram_architecture
+from megatron_bliss.models.families.family import (
+    NGRAM_OPTIONS,
+    START_OPTIONS,
+    TABLE_STARTS,
+    Family,
+    ngram_architecture,
+)
 from megatron_bliss.models.score_architecture import ScoreArchitecture
 
 FAMILY = Family(
@@ -8,4 +14,5 @@ FAMILY = Family(
     architecture=lambda config, proxy: ScoreArchitecture(ngrams=ngram_architecture(config)),
     options=NGRAM_OPTIONS,
     starts=("proxy", *TABLE_STARTS),
+    start_options=START_OPTIONS,
 )
