@@ -37,7 +37,8 @@ def trainer(world: World = ALONE, dtype: torch.dtype = torch.float64) -> GuidedT
 def test_phi_and_its_gradient_are_the_weighted_sums_of_the_sets() -> None:
     made = trainer()
     batch = made.validation.at(0)
-    phi, gradient, by_set = made._validation_gradient()
+    found, by_set = made.upper.step(made.proxy, 0)
+    phi, gradient = found.loss, found.gradient.flat
     expected, sums = 0.0, torch.zeros_like(gradient)
     for number, (name, weight) in enumerate(zip("abc", WEIGHTS, strict=True)):
         rows = slice(2 * number, 2 * number + 2)
