@@ -10,7 +10,7 @@ what the tie to the target brings. A probe costs the proxy's passes, not the tar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,11 @@ def memory(options: MatesKlConfig, sizes: Sizes) -> Memory:
     return Memory("mates_kl probes", weights, weights, moments, weights + max(backward, forward), advice)
 
 
+def options(run: BilevelConfig) -> BilevelConfig:
+    """The run's; nothing is learnt on the guide in this stage, so there is nothing to weight its sets by."""
+    return replace(run, guide_weighting="fixed")
+
+
 def _trainer(*arguments: Any) -> Any:
     from megatron_bliss.bilevel.tied import TiedProxyTrainer
 
@@ -106,6 +111,7 @@ ARM = Arm(
     scores,
     settings=MatesKlConfig,
     stages=("bilevel",),
+    bilevel_options=options,
     scheme=Scheme(
         trainer=_trainer,
         flops=_flops,

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.execution import ALONE, Execution
-from megatron_bliss.bilevel.head import head_curvature, head_gradient
+from megatron_bliss.bilevel.head import head_curvature, head_gradient, head_losses
 from megatron_bliss.bilevel.memory import keeps_graph
 from megatron_bliss.bilevel.micro_batch import MicroBatch
 from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.vector import ParameterVector, accumulation_dtype, as_vector, parameter_total
 from megatron_bliss.bilevel.walk import DualWalk, GaussNewtonWalk, Walk
 from megatron_bliss.config.bilevel import Curvature
-from megatron_bliss.models.transformer import LanguageModel
+from megatron_bliss.models.transformer import LanguageModel, block_prefixes
 
 CURVATURES = get_args(Curvature)
 
@@ -92,6 +92,14 @@ def curvature_product(
     return CurvatureProduct(sums.loss, *sums.vectors, influences, losses, kl, sums.kl)
 
 
+@torch.no_grad()
+def sample_losses(model: LanguageModel, loss: Loss, execution: Execution = ALONE) -> Tensor:
+    """l_i [b] of this rank's samples by a forward pass alone, the numbers that ``gradient`` gives; not collective."""
+    loss.check_vocabulary(model.architecture.vocab_size)
+    parts = loss.micro_batches(execution.micro_batch_size)
+    return _join(model, [(_forward_pass(model, part, execution),) for part in parts], 1)[0]
+
+
 def influence(micro: MicroBatch, tangents: Tensor) -> Tensor:
     """(6) d_i = <grad l_i, z> [b], the derivative of l_i along z, from those of the tokens' cross-entropies [N].
 
@@ -149,6 +157,17 @@ def _gradient_pass(model: LanguageModel, part: Loss, execution: Execution, sums:
     adjoint = walk.differentiate(hidden, rows, leaves, result.adjoint)  # [N, w]
     micro.embed_backward(walk.backward(micro.scatter(adjoint)), total["embedding.weight"])
     return micro.mean(result.cross_entropy), micro.mean(result.kl)
+
+
+def _forward_pass(model: LanguageModel, part: Loss, execution: Execution) -> Tensor:
+    """One micro-batch without a way back: l_i [b]."""
+    micro = MicroBatch(model, part, compiled=execution.compiled)
+    scene = micro.scene(model, gradient={})
+    x, walk = micro.embed(scene, dual=False), Walk(scene, keep=False)  # [b, s, w]
+    for prefix in block_prefixes(scene.arch):
+        x = walk.run(prefix, x, {})
+    hidden = scene.values("", {}).norm(micro.select(x), "final_norm")  # [N, w]
+    return micro.mean(head_losses(hidden, model.output_weight.detach(), micro.terms))
 
 
 def _curvature_pass(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ScoreConfig
@@ -26,7 +27,8 @@ def bilevel_flops(
 
     An upper step is as many walks as its solver says; a gradient for each lower step but the last, whose gradient a
     walk gives; the validation gradient; of the score model a forward pass per lower step, and a gradient; the target's
-    forward pass once per lower step. ``score``: the score model's parts; None: the proxy's trunk.
+    forward pass once per lower step. A control costs a gradient per lower step, and a forward pass over the validation
+    batch. ``score``: the score model's parts; None: the proxy's trunk.
     """
     score = score or ScoreArchitecture(trunk=proxy)
     tokens = config.global_batch_size * seq_length
@@ -34,8 +36,10 @@ def bilevel_flops(
     lower = config.lower_iters - 1
     forward = flops_per_token(proxy, seq_length)
     teacher = flops_per_token(target, seq_length) if config.kl_weight > 0 else 0.0
-    validation = GRADIENT_PASSES * config.validation_batch_size * seq_length * forward
+    control = GUIDE_WEIGHTINGS[config.guide_weighting].against_control
+    validation = (GRADIENT_PASSES + control) * config.validation_batch_size * seq_length * forward
     passes = (walks * WALK_PASSES[config.curvature] + GRADIENT_PASSES * lower) * forward
+    passes += control * config.lower_iters * GRADIENT_PASSES * forward
     passes += (1 + lower) * score.flops_per_token(seq_length) + score.gradient_flops_per_token(seq_length)
     passes += config.lower_iters * teacher
     return config.upper_iters * (tokens * passes + validation)

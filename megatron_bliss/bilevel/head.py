@@ -99,6 +99,13 @@ def head_gradient(hidden: Tensor, weight: Tensor, terms: Terms, weight_gradient:
     return _result(losses, adjoint)
 
 
+def head_losses(hidden: Tensor, weight: Tensor, terms: Terms) -> Tensor:
+    """Cross-entropies [N] of hidden states [N, w] alone: the numbers that ``head_gradient`` gives."""
+    head, differentiate = _Head(weight, None, terms, gauss_newton=False), _loss_function(terms)
+    losses = [differentiate(chunk, head) for chunk in _chunks(hidden.unsqueeze(0), head)]
+    return _result(losses, hidden).cross_entropy
+
+
 def head_curvature(
     hidden: Tensor,
     weight: Tensor,

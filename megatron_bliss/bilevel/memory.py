@@ -1,12 +1,14 @@
 """How large a bilevel step gets, and the largest micro-batch that stays under a limit.
 
-Counted above what is held between two steps (parameters, optimiser states, z). A step has two peaks in turn:
+Counted above what is held between two steps (parameters, optimiser states, z; of a control, too). A step has two peaks
+in turn:
 
     the walk          b = grad Phi, the gradient of G and C z (three vectors as large as the proxy), head chunks, blocks
     the score model   its gradient twice (the sum, and a micro-batch's) and the graph of its ordinary backward pass
 
 An estimate from shapes, the same on every machine. ``tools/benchmark.py memory`` holds it against measured peaks;
-allocators may add their own on top.
+allocators may add their own on top. A control's gradient comes between the two, when the walk's vectors are gone, and
+is smaller than the walk.
 """
 
 from __future__ import annotations

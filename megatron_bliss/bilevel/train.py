@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
 from megatron_bliss.bilevel.execution import Execution
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import hypergradient, score_batch
 from megatron_bliss.bilevel.memory import StepShape, plan_step
 from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
-from megatron_bliss.bilevel.objective import GuideParts, Loss, Objective, validation_loss
+from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.precision import SLICE_SAMPLES, ComputeCopy, precision_warnings
 from megatron_bliss.bilevel.solvers import SOLVERS, solve
 from megatron_bliss.bilevel.solvers.solver import LinearSystem, SolveInfo, SolverState
@@ -42,7 +42,6 @@ from megatron_bliss.bilevel.weights.weighting import GlobalBatch
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.config.models import ProxyConfig
 from megatron_bliss.data.batches import Batch, BatchSchedule
-from megatron_bliss.data.guide import GuideSets
 from megatron_bliss.models.optimizer import Optimizer
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score import ScoreModel
@@ -107,7 +106,6 @@ class BilevelTrainer:
         """``teacher(tokens[b, s])``: the frozen target's hidden states for this rank's samples; None without KL."""
         self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
         self.train, self.validation, self.world = train, validation, world
-        self._guide = validation.source if isinstance(validation.source, GuideSets) else None
         lower_steps = config.upper_iters * config.lower_iters
         self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, lower_steps)
         self.score_optimizer = Optimizer(score_model, config.score_optimizer, config.upper_iters)
@@ -118,6 +116,8 @@ class BilevelTrainer:
         self.objective = Objective(config.kl_weight, config.kl_direction, config.l2_weight, config.global_batch_size)
         split = _split(config, proxy, score_model.score_architecture, train, validation)
         self.execution = Execution(world.world_group, *split, compiled=config.compile)
+        weighted = GUIDE_WEIGHTINGS[config.guide_weighting]
+        self.upper = weighted.upper_level(config, proxy, validation, world, self.execution)
         self.weighting = WEIGHTINGS[config.weights]
         sigmoid = score_model.activation == "sigmoid" and not self.weighting.of_raw_scores
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
@@ -130,6 +130,7 @@ class BilevelTrainer:
             self._lower_step(first + lower)
         sample = self._sample(first + self.config.lower_iters - 1)
         values, influence = self._move_proxy(sample)
+        self.upper.follow(self._lower_loss(sample))  # here, where the walk's vectors are gone
         values["hypergradient_norm"] = self._move_score_model(sample, influence)
         self.steps_done += 1
         return values
@@ -139,12 +140,13 @@ class BilevelTrainer:
 
         The walk's gradient and product, each as large as the proxy, are freed before the score model needs room.
         """
-        phi, b, by_set = self._validation_gradient()  # at theta_p before its step, as the walk
-        info, walk = self._solve(sample, b)
+        # at theta_p before its step, as the walk
+        upper, of_sets = self.upper.step(self._proxy_passes.refresh(), self.steps_done)
+        info, walk = self._solve(sample, upper.gradient.flat)
         _, rate = self.proxy_optimizer.step(walk.gradient)
         values = {
-            "validation_loss": float(phi),
-            **by_set,
+            "validation_loss": float(upper.loss),
+            **of_sets,
             "lower_loss": float(walk.loss),
             "lr": rate,
             "residual": info.relative_residual,
@@ -175,12 +177,13 @@ class BilevelTrainer:
         Raises where a number is not finite or replicas differ.
         """
         replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
-        check_replicas(replicas, self.world.world_group)
+        check_replicas(replicas | self.upper.replicas(), self.world.world_group)
         return self.monitors.observe(self.steps_done, values)
 
     def learned(self) -> dict[str, Any]:
-        """Both models, as a stage leaves them."""
-        return {"proxy": self.proxy.state_dict(), "score_model": self.score_model.state_dict()}
+        """Both models, as a stage leaves them, and a control."""
+        models = {"proxy": self.proxy.state_dict(), "score_model": self.score_model.state_dict()}
+        return models | self.upper.learned()
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""
@@ -193,6 +196,7 @@ class BilevelTrainer:
             "z": self.z,
             "solver": self.solver.state_dict(),
             "monitors": self.monitors.state_dict(),
+            "upper": self.upper.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -205,11 +209,13 @@ class BilevelTrainer:
         self.z.copy_(state["z"])
         self.solver = SolverState.from_state_dict(state["solver"])
         self.monitors.load_state_dict(state["monitors"])
+        self.upper.load_state_dict(state.get("upper", {}))  # states of before there was a choice have none
 
     def _lower_step(self, number: int) -> None:
         """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
         loss = self._lower_loss(self._sample(number))
         self.proxy_optimizer.step(curvature.gradient(self._proxy_passes.refresh(), loss, self.execution).gradient)
+        self.upper.follow(loss)
 
     def _sample(self, number: int) -> _Sample:
         """The batch of a lower step with scores (1), weights (2) and, with KL, the target's view of it."""
@@ -226,28 +232,6 @@ class BilevelTrainer:
     def _lower_loss(self, sample: _Sample) -> Loss:
         """G (eq. 3) on this rank's samples."""
         return Loss(self.objective, sample.batch, sample.weights, sample.teacher)
-
-    def _validation_gradient(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Phi and b = grad Phi (eq. 4) on this step's validation batch; Phi_k by the names of a guide's sets."""
-        batch = self.validation.at(self.steps_done)
-        parts, batch = self._guide_parts(batch), batch.to(self.world.device)
-        phi = validation_loss(batch, self.world.world_group, parts=parts)
-        found = curvature.gradient(self._proxy_passes.refresh(), phi, self.execution)
-        by_set = {}
-        if parts is not None:
-            losses = parts.by_set(phi.weights * found.sample_losses)
-            if self.world.world_group is not None:
-                dist.all_reduce(losses, group=self.world.world_group)
-            losses = (losses / parts.weights).tolist()
-            by_set = {f"validation_loss_{name}": one for name, one in zip(self._guide.names, losses, strict=True)}
-        return found.loss, found.gradient.flat, by_set
-
-    def _guide_parts(self, batch: Batch) -> GuideParts | None:
-        """The sets of a batch that is still on the host; None for a guide of one set."""
-        if self._guide is None:
-            return None
-        sets = torch.from_numpy(self._guide.set_of(batch.unit_ids.numpy()))
-        return GuideParts(*(part.to(self.world.device) for part in (sets, torch.from_numpy(self._guide.weights))))
 
     def _solve(self, sample: _Sample, b: Tensor) -> tuple[SolveInfo, curvature.CurvatureProduct]:
         """Move z towards the solution of (C + delta I) z = b (eq. 5), and the walk that the rest of the step uses.

@@ -37,6 +37,12 @@ class BilevelConfig:
     states and z not counted (0: no limit)."""
     validation_batch_size: int = bounded(32, minimum=1)
     """Validation samples per upper-level step over all ranks (eq. 4)."""
+    guide_weighting: str = "fixed"
+    """How the guide's sets are weighted in Phi = sum_k w_k Phi_k."""
+    minimax_rate: float = bounded(0.5, above=0)
+    """minimax: growth of the log of a set's multiplier per upper step and nat above the control."""
+    minimax_slack: float = bounded(0.0)
+    """minimax: nats by which a set may be worse than the control (below 0: by which it has to be better)."""
     kl_weight: float = bounded(0.01, minimum=0)
     """gamma, weight of the KL term that ties the proxy to the frozen target (0: no target forward at all)."""
     kl_direction: KlDirection = "proxy_to_target"

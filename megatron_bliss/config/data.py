@@ -21,6 +21,9 @@ class DataConfig:
     of paths: a guide of several sets, whose losses are weighted by guide_weights."""
     guide_weights: list[float] = bounded(default_factory=list, above=0)
     """Weight of each set of validation_prefix, of any sum (empty: equal ones)."""
+    reference_prefix: Union[list[str], str] = ""
+    """Sets to hold against drift, labelled as the guide's, a path or a list of paths: with bilevel.guide_weighting
+    minimax the proxy is not to be worse on them than the control; they have no part in the guide's mean."""
     test_prefixes: list[str] = field(default_factory=list)
     """Held-out sets of the guide's kind on which every arm is measured; the first gives summary.json its
     validation_loss."""
@@ -44,6 +47,15 @@ class DataConfig:
     @property
     def guide_prefixes(self) -> list[str]:
         """The sets of the guide; none: the corpus's own part."""
-        if isinstance(self.validation_prefix, str):
-            return [self.validation_prefix] if self.validation_prefix else []
-        return self.validation_prefix
+        return _listed(self.validation_prefix)
+
+    @property
+    def reference_prefixes(self) -> list[str]:
+        """The sets that are held against drift."""
+        return _listed(self.reference_prefix)
+
+
+def _listed(prefix: list[str] | str) -> list[str]:
+    if isinstance(prefix, str):
+        return [prefix] if prefix else []
+    return prefix

@@ -1,7 +1,8 @@
 """A guide of several sets, each with a weight: what the upper level is a weighted mean over.
 
 Samples are numbered set after set. A batch has as many samples of every set, as far as its size can be divided,
-whatever the weights are: a set that weighs little is measured as well as the others.
+whatever the weights are: a set that weighs little is measured as well as the others. Sets that the guide is held
+against (data.reference_prefix) stand behind its own, and weigh 0.
 
 Shapes: b samples, K sets.
 """
@@ -20,7 +21,7 @@ class GuideSets:
     """Several sets as one source of samples, with ``names`` and ``weights`` (float64 [K], sum 1)."""
 
     def __init__(self, sets: Sequence[BatchSource], names: Sequence[str], weights: Sequence[float]) -> None:
-        """``weights``: numbers above 0 of any sum; none: equal ones."""
+        """``weights``: numbers from 0 on of any sum above 0; none: equal ones."""
         self.sets, self.names, self.seq_length = list(sets), list(names), sets[0].seq_length
         weights = np.array(weights if len(weights) else [1.0] * len(sets), dtype=np.float64)
         self.weights = weights / weights.sum()
@@ -57,6 +58,8 @@ class GuideSets:
         """int64 [count]: samples in random order, sets in the shares of their weights; a used-up set begins anew."""
         ids, due = [], []
         for number, (source, weight) in enumerate(zip(self.sets, self.weights, strict=True)):
+            if not weight:
+                continue
             order = generator.permutation(len(source))
             many = int(np.ceil(count * weight)) + 1
             ids.append(self.first(number) + order[np.arange(many) % len(order)])
@@ -87,8 +90,8 @@ class GuideSchedule(BatchSchedule):
         many = len(source.sets)
         if global_batch_size < many:
             raise ValueError(
-                f"found bilevel.validation_batch_size {global_batch_size} with {many} sets in data.validation_prefix, "
-                "expected at least a sample of each"
+                f"found bilevel.validation_batch_size {global_batch_size} with {many} sets in data.validation_prefix "
+                "and data.reference_prefix, expected at least a sample of each"
             )
         self._bounds = [rank_share(global_batch_size, number, many) for number in range(many)]
         self._orders = [SampleOrder(len(one), seed + number) for number, one in enumerate(source.sets)]

@@ -61,18 +61,19 @@ def check_set_names(data: DataConfig) -> None:
 
 
 def check_guide(data: DataConfig) -> None:
-    """ValueError for weights that are not one a set, and for two sets of one name."""
+    """ValueError for weights that are not one a set, and for two sets of one name, of the guide or held against it."""
     prefixes, weights = data.guide_prefixes, data.guide_weights
     if weights and len(weights) != len(prefixes):
         raise ValueError(
             f"found {len(weights)} data.guide_weights for {len(prefixes)} sets in data.validation_prefix, expected one "
             "for each, or none"
         )
-    names = [Path(prefix).name for prefix in prefixes]
+    names = [Path(prefix).name for prefix in [*prefixes, *data.reference_prefixes]]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
+        options = "data.validation_prefix" + " and data.reference_prefix" * bool(data.reference_prefixes)
         raise ValueError(
-            f"found {', '.join(twice)} more than once among the last parts of data.validation_prefix, expected a last "
+            f"found {', '.join(twice)} more than once among the last parts of {options}, expected a last "
             "part of its own for each, which names the set in results: name or link one of them otherwise"
         )
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss.arms import ARMS
 from megatron_bliss.base.platform import choose_dtype
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.indexed import IndexedCorpus, chosen
@@ -154,15 +156,17 @@ def disk_plan(
     Not counted: metrics, TensorBoard, megatron-core's dataset caches, and a checkpoint that is being written.
     """
     arms, selecting = config.arms, corpus.units[1:]
-    bilevel_arms = sum("bilevel" in round_stages(config, arm) for arm in arms)
+    learning = [ARMS[arm].bilevel_options(config.bilevel) for arm in arms if "bilevel" in round_stages(config, arm)]
+    controls = sum(GUIDE_WEIGHTINGS[one.guide_weighting].against_control for one in learning)
     checkpoint, count = checkpoint_bytes(config, target), _checkpoints(config)
     selected = [_selected_units(config, arm, corpus) for arm in arms]
     proxies, scores = parameter_count(proxy), score.parameters
     warmup = (FP32_BYTES + MOMENT_BYTES) * proxies + FP32_BYTES * proxies
     bilevel = (FP32_BYTES + MOMENT_BYTES) * (proxies + scores) + FP32_BYTES * (2 * proxies + scores)  # and z
+    control = (FP32_BYTES + MOMENT_BYTES + FP32_BYTES) * proxies
     parts = {
         "target checkpoints": checkpoint * count,
-        "proxy and score model": warmup + bilevel * config.rounds * bilevel_arms,
+        "proxy and score model": warmup + (bilevel * len(learning) + control * controls) * config.rounds,
         "shards": VIEW_BYTES * corpus.num_units,
         "scores": SCORE_BYTES * sum(selecting) * len(arms),
         "subsets": sum(int(VIEW_BYTES * units) for units in selected),

@@ -13,6 +13,7 @@ from itertools import starmap
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.arm import Memory, Sizes
 from megatron_bliss.base.platform import DTYPES, choose_dtype
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.memory import (
     GIB,
     StepShape,
@@ -154,13 +155,15 @@ class _Sizing:
         return _entry("proxy warm-up", parameters, 0, MOMENT_BYTES * self.proxy_count, working)
 
     def bilevel(self, name: str, stage: tuple[BilevelConfig, Scheme]) -> dict:
-        """Proxy, score model, their optimizers, z, the frozen target and the larger of a step and its forward pass."""
+        """Proxy, any control, score model, their optimizers, z, the frozen target and the larger of a step and its
+        forward pass."""
         settings, scheme = stage
         element_size = DTYPES[settings.params_dtype].itemsize
         learned = self.score_model.parameters if scheme.learns_scores else 0
-        count = self.proxy_count + learned
+        proxies = self.proxy_count * (1 + GUIDE_WEIGHTINGS[settings.guide_weighting].against_control)
+        count = proxies + learned
         copied = self._pass_bytes(element_size) if learned and self.score_model.trunk_parameters else 0
-        copies = element_size * self.proxy_count + copied
+        copies = element_size * proxies + copied
         parameters = FP32_BYTES * count + (copies if element_size < FP32_BYTES else 0)
         optimizer = MOMENT_BYTES * count + FP32_BYTES * scheme.held_vectors * self.proxy_count
         samples = max(self.share(settings.global_batch_size), self.share(settings.validation_batch_size))

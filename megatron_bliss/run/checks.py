@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_bliss.arms import ARMS
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS, check_guide_weighting
 from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.models import ProxyConfig, TargetConfig
@@ -132,6 +133,7 @@ def _check_sections(config: Config) -> None:
     if config.bilevel.micro_batch_size and config.bilevel.memory_limit_gib:
         raise ValueError("found bilevel.micro_batch_size and bilevel.memory_limit_gib, expected only one: drop one")
     check_family(config.score)
+    check_guide_weighting(config.bilevel, config.data.reference_prefixes)
     _check_upper_steps(config)
     _check_guide_sets(config)
     for name in ("target", "proxy"):
@@ -156,16 +158,24 @@ def _check_upper_steps(config: Config) -> None:
 def _check_guide_sets(config: Config) -> None:
     """A guide of several sets needs a sample of each in a batch, and arms that weigh them."""
     sets, size = len(config.data.guide_prefixes), config.bilevel.validation_batch_size
-    if sets > max(size, 1):
+    references = len(config.data.reference_prefixes)
+    if max(sets, 1) + references > size:
+        options = "data.validation_prefix" + " and data.reference_prefix" * bool(references)
         raise ValueError(
-            f"found bilevel.validation_batch_size {size} with {sets} sets in data.validation_prefix, expected at least "
-            "a sample of each"
+            f"found bilevel.validation_batch_size {size} with {max(sets, 1) + references} sets in {options}, expected "
+            "at least a sample of each"
         )
     single = [arm for arm in config.arms if not ARMS[arm].scheme.weighs_guide_sets]
     if sets > 1 and single:
         raise ValueError(
             f"found {sets} sets in data.validation_prefix with the arm {', '.join(single)}, expected one set for it: "
             "make a mixture of them by tools/prepare_validation.py --weights, or leave out the arm"
+        )
+    weighting = config.bilevel.guide_weighting
+    if single and GUIDE_WEIGHTINGS[weighting].against_control:
+        raise ValueError(
+            f"found bilevel.guide_weighting {weighting} with the arm {', '.join(single)}, expected fixed for it: "
+            "change bilevel.guide_weighting, or leave out the arm"
         )
 
 
@@ -193,6 +203,9 @@ def _data_checks(config: Config) -> Iterator[Callable[[], None]]:
     several = len(data.guide_prefixes) > 1
     for i, prefix in enumerate(data.guide_prefixes):
         prefixes["data.validation_prefix" + f"[{i}]" * several] = prefix
+    several = len(data.reference_prefixes) > 1
+    for i, prefix in enumerate(data.reference_prefixes):
+        prefixes["data.reference_prefix" + f"[{i}]" * several] = prefix
     for option in ("test_prefixes", "other_prefixes", "blend_prefixes"):
         prefixes |= {f"data.{option}[{i}]": prefix for i, prefix in enumerate(getattr(data, option))}
     for name, prefix in prefixes.items():

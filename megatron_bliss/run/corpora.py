@@ -5,11 +5,13 @@ All that is cut from the corpus are index views in ``RUN/shards``; no token is c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.config.data import DataConfig
 from megatron_bliss.data.batches import BatchSource, open_labelled
 from megatron_bliss.data.compare import shares_of
@@ -70,11 +72,20 @@ def shard_prefix(session: Session, round_number: int) -> str:
 
 
 def open_guide(session: Session) -> BatchSource:
-    """What says what is wanted, on which the upper level is solved: the sets given, or the corpus's own part."""
-    data = session.config.data
-    prefixes = data.guide_prefixes or [_part(session, "validation")]
-    sets = [open_labelled(prefix, data.seq_length, session.vocab_size) for prefix in prefixes]
-    return GuideSets(sets, [Path(prefix).name for prefix in prefixes], data.guide_weights) if sets[1:] else sets[0]
+    """What says what is wanted: the sets given, or the corpus's own part."""
+    data, prefixes = session.config.data, _guide_prefixes(session)
+    if len(prefixes) == 1:
+        return open_labelled(prefixes[0], data.seq_length, session.vocab_size)
+    return _open_sets(session, prefixes, data.guide_weights)
+
+
+def open_upper_level(session: Session, guide_weighting: str) -> BatchSource:
+    """What the upper level is solved on: the guide, and behind it what a control holds it against, with weights 0."""
+    if not GUIDE_WEIGHTINGS[guide_weighting].against_control:
+        return open_guide(session)
+    guide, references = _guide_prefixes(session), session.config.data.reference_prefixes
+    weights = [*(session.config.data.guide_weights or [1.0] * len(guide)), *[0.0] * len(references)]
+    return _open_sets(session, [*guide, *references], weights)
 
 
 def test_prefixes(session: Session) -> list[str]:
@@ -85,6 +96,15 @@ def test_prefixes(session: Session) -> list[str]:
 def held_out_prefixes(session: Session) -> list[str]:
     """Sets on which every arm is measured: of the guide's kind, then those that the guide does not speak for."""
     return [*test_prefixes(session), *session.config.data.other_prefixes]
+
+
+def _guide_prefixes(session: Session) -> list[str]:
+    return session.config.data.guide_prefixes or [_part(session, "validation")]
+
+
+def _open_sets(session: Session, prefixes: Sequence[str], weights: Sequence[float]) -> GuideSets:
+    sets = [open_labelled(prefix, session.config.data.seq_length, session.vocab_size) for prefix in prefixes]
+    return GuideSets(sets, [Path(prefix).name for prefix in prefixes], weights)
 
 
 def _part(session: Session, name: str) -> str:

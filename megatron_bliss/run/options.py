@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bliss.arms import ARMS
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.bilevel.weights import WEIGHTINGS
 from megatron_bliss.config import parse
@@ -18,6 +19,7 @@ TABLES: parse.Tables = {
     "score.family": FAMILIES,
     "bilevel.solver": SOLVERS,
     "bilevel.weights": WEIGHTINGS,
+    "bilevel.guide_weighting": GUIDE_WEIGHTINGS,
     "selection.policy": POLICIES,
 }
 """Option → the records that it chooses from."""

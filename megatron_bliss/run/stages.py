@@ -19,6 +19,7 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.base.platform import DTYPES
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.bilevel.train import ProxyWarmup
@@ -33,7 +34,7 @@ from megatron_bliss.models.flops import proxy_warmup_flops
 from megatron_bliss.models.loop import Trainer
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.run.corpora import open_guide, shard_prefix, shares_by_field
+from megatron_bliss.run.corpora import open_guide, open_upper_level, shard_prefix, shares_by_field
 from megatron_bliss.run.order import round_tokens, selection_of
 from megatron_bliss.run.score_starts import Start, start_score_model
 from megatron_bliss.run.session import FINAL_STATE, Round, Session, derive_seed, warmup
@@ -70,7 +71,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     score_model, warnings = start.model, start.warnings
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
-    validation = open_guide(session)
+    validation = open_upper_level(session, settings.guide_weighting)
     trainer = arm.scheme.trainer(
         settings,
         proxy,
@@ -80,6 +81,8 @@ def learn_scores(this: Round, folder: Path) -> dict:
         session.schedule(validation, settings.validation_batch_size, "validation", this.number),
         session.groups,
     )
+    if GUIDE_WEIGHTINGS[settings.guide_weighting].against_control and _goes_on(this):
+        trainer.upper.carry_on(checkpoint.load_state(this.before.folder("bilevel") / FINAL_STATE))
     warnings = [*warnings, *trainer.check_precision()]
     _warn(this, warnings)
     this.train(trainer, settings.upper_iters, folder, "bilevel")
@@ -253,10 +256,13 @@ def _new_proxy(session: Session) -> LanguageModel:
 
 def _start_proxy(this: Round) -> LanguageModel:
     """The proxy a round starts from: its warm-up, or the last round's where the options say so."""
-    folder = warmup(this.session).folder("proxy")
-    if not this.session.config.proxy.restart_each_round and this.number > 1:
-        folder = this.before.folder("bilevel")
+    folder = this.before.folder("bilevel") if _goes_on(this) else warmup(this.session).folder("proxy")
     return _saved_proxy(this.session, folder, "bilevel")
+
+
+def _goes_on(this: Round) -> bool:
+    """Whether proxy and control go on from the last round's."""
+    return not this.session.config.proxy.restart_each_round and this.number > 1
 
 
 def _saved_proxy(session: Session, folder: Path, needed_for: str) -> LanguageModel:

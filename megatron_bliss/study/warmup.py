@@ -22,8 +22,8 @@ from megatron_bliss.study.runs import StudyRun
 
 FREE = ("run_folder", "arms", "bilevel", "score", "scoring", "baselines", "selection")
 """Sections and options that neither shards nor warm-up depend on."""
-FREE_DATA = ("validation_prefix", "guide_weights")
-"""The same in the section ``data``: the guide has a part in rounds only."""
+FREE_DATA = ("validation_prefix", "guide_weights", "reference_prefix")
+"""The same in the section ``data``: the guide and what it is held against have a part in rounds only."""
 PARTS = ("shards", "warmup")
 """Folders of a run that others take over."""
 

@@ -48,13 +48,20 @@ def test_identity_scores_as_bliss_does_with_that_solver(corpus: Path, finished: 
 
 def test_what_each_arm_fixes() -> None:
     given = BilevelConfig(
-        solver_steps=3, lower_iters=4, kl_weight=0.5, params_dtype="bf16", micro_batch_size=2, compile=True
+        solver_steps=3,
+        lower_iters=4,
+        kl_weight=0.5,
+        params_dtype="bf16",
+        micro_batch_size=2,
+        compile=True,
+        guide_weighting="minimax",
     )
     fixed = {
         "bliss": {},
         "identity": {"solver": "identity"},
         "single_level": {"solver": "identity", "kl_weight": 0.0, "lower_iters": 1},
         "published": {"params_dtype": "fp32", "micro_batch_size": 0, "compile": False},
+        "mates_kl": {"guide_weighting": "fixed"},
     }
     for arm, changes in fixed.items():
         assert ARMS[arm].bilevel_options(given) == dataclasses.replace(given, **changes)

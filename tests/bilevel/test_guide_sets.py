@@ -12,32 +12,19 @@ import torch.distributed as dist
 from megatron_bliss.base.parallel import World
 from megatron_bliss.bilevel import curvature
 from megatron_bliss.bilevel.objective import validation_loss
-from megatron_bliss.bilevel.train import BilevelTrainer
-from megatron_bliss.data.guide import GuideSchedule, GuideSets
-from tests.bilevel.trainers import ALONE, CONFIG, RandomUnits, assert_resumes, assert_same, make_trainer, run_steps
+from tests.bilevel.guided import WEIGHTS, GuidedTrainer, MinimaxTrainer
+from tests.bilevel.trainers import ALONE, CONFIG, assert_resumes, assert_same, flat, make_trainer, run_steps
 from tests.distributed import run_distributed
 
-SIZES, WEIGHTS = (11, 6, 9), (3.0, 1.0, 2.0)
-
-
-class GuidedTrainer(BilevelTrainer):
-    """With a guide of three sets, of which one labels every token."""
-
-    def __init__(self, config, proxy, score_model, teacher, train, validation, world) -> None:
-        sets = [RandomUnits(size, size, last=None if size == 6 else 2) for size in SIZES]
-        options = {"seed": 5, "rank": world.rank, "world_size": world.world_size}
-        guide = GuideSchedule(GuideSets(sets, ["a", "b", "c"], WEIGHTS), config.validation_batch_size, **options)
-        super().__init__(config, proxy, score_model, teacher, train, guide, world)
-
-
-def trainer(world: World = ALONE, dtype: torch.dtype = torch.float64) -> GuidedTrainer:
-    return make_trainer(CONFIG, dtype, world, trainer=GuidedTrainer)
+MINIMAX = dataclasses.replace(CONFIG, guide_weighting="minimax", minimax_rate=2.0)
+WAYS = {"fixed": (CONFIG, GuidedTrainer), "minimax": (MINIMAX, MinimaxTrainer)}
 
 
 def test_phi_and_its_gradient_are_the_weighted_sums_of_the_sets() -> None:
-    made = trainer()
+    made = make_trainer(CONFIG, torch.float64, ALONE, trainer=GuidedTrainer)
     batch = made.validation.at(0)
-    phi, gradient, by_set = made._validation_gradient()
+    found, by_set = made.upper.step(made.proxy, 0)
+    phi, gradient = found.loss, found.gradient.flat
     expected, sums = 0.0, torch.zeros_like(gradient)
     for number, (name, weight) in enumerate(zip("abc", WEIGHTS, strict=True)):
         rows = slice(2 * number, 2 * number + 2)
@@ -49,23 +36,58 @@ def test_phi_and_its_gradient_are_the_weighted_sums_of_the_sets() -> None:
     torch.testing.assert_close(gradient, sums, rtol=1e-5, atol=1e-7)
 
 
-def on_ranks(rank: int, world_size: int) -> dict[str, np.ndarray]:
+def steps(way: str, world: World = ALONE, **options) -> dict[str, np.ndarray]:
+    """What three steps leave behind, the metrics of every set included."""
+    config, trainer = WAYS[way]
+    return run_steps(dataclasses.replace(config, **options), torch.float64, world, trainer=trainer)
+
+
+def on_ranks(rank: int, world_size: int) -> dict[str, dict[str, np.ndarray]]:
     world = World(dist.group.WORLD, rank, world_size, torch.device("cpu"))
-    return run_steps(CONFIG, torch.float64, world, trainer=GuidedTrainer)
+    found = {way: steps(way, world) for way in WAYS}
+    trainer = make_trainer(MINIMAX, torch.float64, world, trainer=MinimaxTrainer)
+    trainer.watch(trainer.step())
+    assert trainer.upper.multipliers.std() > 0
+    trainer.upper.multipliers *= 1 + rank
+    with pytest.raises(RuntimeError, match="found guide multipliers to differ between ranks"):
+        trainer.watch({})
+    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_steps_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
-    expected = run_steps(CONFIG, torch.float64, ALONE, trainer=GuidedTrainer)
+    expected = {way: steps(way) for way in WAYS}
     for rank, result in enumerate(run_distributed(on_ranks, world_size)):
-        assert_same(result, expected, 1e-6, f"rank {rank}")  # v is fp32
+        for way in WAYS:
+            assert_same(result[way], expected[way], 1e-6, f"{way}, rank {rank}")  # v is fp32
 
 
-def test_steps_do_not_depend_on_micro_batches() -> None:
-    split = dataclasses.replace(CONFIG, micro_batch_size=3)
-    whole = run_steps(CONFIG, torch.float64, ALONE, trainer=GuidedTrainer)
-    assert_same(run_steps(split, torch.float64, ALONE, trainer=GuidedTrainer), whole, 1e-10, "split")
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_do_not_depend_on_micro_batches(way: str) -> None:
+    assert_same(steps(way, micro_batch_size=3), steps(way), 1e-10, "split")
 
 
-def test_resumed_steps_equal_uninterrupted_ones(tmp_path) -> None:
-    assert_resumes(lambda: trainer(dtype=torch.float32), tmp_path / "state.pt")
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_steps_equal_uninterrupted_ones(way: str, tmp_path) -> None:
+    config, trainer = WAYS[way]
+    made = []
+
+    def make() -> GuidedTrainer:
+        made.append(make_trainer(config, torch.float32, ALONE, trainer=trainer))
+        return made[-1]
+
+    assert_resumes(make, tmp_path / "state.pt")
+    whole, _, resumed = made
+    assert np.array_equal(flat(whole.proxy), flat(resumed.proxy))
+    assert torch.equal(whole.upper.weights, resumed.upper.weights)
+    for name, tensor in whole.upper.replicas().items():
+        assert torch.equal(tensor, resumed.upper.replicas()[name]), name
+    assert len(whole.upper.replicas()) == (2 if way == "minimax" else 0)
+
+
+def test_a_state_of_before_weights_could_move_is_taken_up() -> None:
+    trainer = make_trainer(CONFIG, torch.float32, ALONE, trainer=GuidedTrainer)
+    state = trainer.state_dict()
+    state.pop("upper")
+    trainer.load_state_dict(state)
+    trainer.step()

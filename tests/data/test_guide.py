@@ -63,6 +63,13 @@ def test_samples_are_drawn_by_weight_and_small_sets_begin_anew() -> None:
     assert sorted(ids) != sorted(other)
 
 
+def test_sets_that_weigh_nothing_are_not_drawn_but_are_in_every_batch() -> None:
+    source = guide([1, 1, 0])
+    assert np.bincount(source.set_of(source.draw(20, np.random.default_rng(0)))).tolist() == [10, 10]
+    ids = GuideSchedule(source, 9, seed=0, rank=0, world_size=1).at(0).unit_ids.numpy()
+    assert np.bincount(source.set_of(ids)).tolist() == [3, 3, 3]
+
+
 def test_a_plain_set_is_drawn_without_replacement() -> None:
     ids = draw_samples(RandomUnits(9, 1), 20, np.random.default_rng(0))
     assert sorted(ids) == list(range(9))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel.flops import bilevel_flops, distillation_flops
 from megatron_bliss.bilevel.memory import GIB, StepShape, step_bytes
 from megatron_bliss.bilevel.published_costs import published_flops
@@ -137,6 +138,19 @@ def test_offloading_and_a_limit_make_the_bilevel_stage_smaller() -> None:
     assert 1 <= limited["micro_batch_size"] < 64 and limited["working"] <= 0.9 * GIB
     with pytest.raises(ValueError, match="found bilevel.memory_limit_gib 0.01, expected at least"):
         plan("pythia_1b_c4", "--bilevel.memory_limit_gib", "0.01")
+
+
+def test_a_control_is_planned_with_weights_moments_and_copy() -> None:
+    plain, held = (plan("pythia_1b_c4", "--bilevel.guide_weighting", one) for one in ("fixed", "minimax"))
+    count = plain["models"]["proxy"]["parameters"]
+    before, after = memory(plain)["bilevel"], memory(held)["bilevel"]
+    copy = DTYPES[config("pythia_1b_c4").bilevel.params_dtype].itemsize % 4  # fp32 passes run on the weights themselves
+    assert after["parameters"] - before["parameters"] == (4 + copy) * count
+    assert after["optimizer"] - before["optimizer"] == 8 * count
+    assert after["working"] == before["working"]
+    parts = [planned["disk"]["parts"]["proxy and score model"] for planned in (plain, held)]
+    assert parts[1] - parts[0] == (4 + 8 + 4) * count * config("pythia_1b_c4").rounds
+    assert of_stage(held, "bilevel")["flops"] > of_stage(plain, "bilevel")["flops"]
 
 
 def test_arms_with_a_bilevel_stage_of_their_own_are_planned() -> None:

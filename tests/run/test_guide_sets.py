@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.run.checks import parse_arguments
 from tests.runs import command, metric_lines, run
+
+MINIMAX = "--bilevel.guide_weighting", "minimax"
 
 
 def sets(corpus: Path, *names: str) -> str:
@@ -29,6 +32,26 @@ def test_the_loss_of_every_set_is_logged_and_their_weighted_mean(corpus: Path, t
     assert make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))["stages"]
 
 
+def test_sets_are_held_against_a_control_that_starts_as_the_proxy_does(corpus: Path, tmp_path: Path) -> None:
+    held = "--data.reference_prefix", str(corpus / "held_other"), "--bilevel.guide_weighting", "minimax"
+    options = (*held, "--arms", "bliss", "--proxy.restart_each_round", "false", "--evaluation.tasks", "[]")
+    done = run(corpus, tmp_path / "run", *options, "--bilevel.proxy_optimizer.lr", "1e-2", "--score.head_init_std", "1")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metric_lines(tmp_path / "run") if line.get("stage") == "bilevel"]
+    rounds = [[line for line in lines if line["round"] == number] for number in (1, 2)]
+    for line in lines:
+        assert line["validation_loss"] == line["validation_loss_guide"]  # the other set is no part of the guide
+        assert line["guide_weight_guide"] + line["guide_weight_held_other"] == pytest.approx(1.0)
+    first = rounds[0][0]
+    assert first["regret_guide"] == first["regret_held_other"] == 0.0
+    assert first["guide_weight_held_other"] == pytest.approx(0.05 / 1.1)
+    again = rounds[1][0]  # proxy and control went on, the multipliers started anew
+    assert again["regret_guide"] != 0.0 and again["guide_weight_held_other"] == pytest.approx(0.05 / 1.1)
+    plan = make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))
+    record = json.loads((tmp_path / "run" / "bliss" / "round_01" / "bilevel" / "done.json").read_text())
+    assert record["flops"] in [one["flops"] for one in plan["stages"] if one["stage"] == "bilevel"]
+
+
 @pytest.mark.parametrize(
     "names, options, message",
     [
@@ -38,6 +61,23 @@ def test_the_loss_of_every_set_is_logged_and_their_weighted_mean(corpus: Path, t
         (("guide", "held"), ("--bilevel.validation_batch_size", "1"), "with 2 sets in data.validation_prefix"),
         (("guide", "held"), ("--arms", "published,random"), "with the arm published, expected one set for it"),
         (("guide", "held"), ("--data.guide_weights", "[1,0]"), "found data.guide_weights[1] 0.0, expected more than 0"),
+        (("guide",), ("--bilevel.minimax_rate", "2"), "it is for minimax alone; leave it out"),
+        (("guide",), ("--bilevel.minimax_slack", "-0.1"), "found bilevel.minimax_slack -0.1 with bilevel.guide_weigh"),
+        (("guide",), (*MINIMAX, "--bilevel.minimax_rate", "0"), "found bilevel.minimax_rate 0.0, expected more than 0"),
+        (
+            ("guide",),
+            (*MINIMAX, "--bilevel.minimax_slack", ".inf"),
+            "found bilevel.minimax_slack inf, expected a finite",
+        ),
+        (("guide",), ("--data.reference_prefix", "held"), "with bilevel.guide_weighting fixed, expected minimax"),
+        (("guide",), (*MINIMAX, "--data.reference_prefix", "nowhere"), "found data.reference_prefix 'nowhere'"),
+        (("guide",), (*MINIMAX, "--data.reference_prefix", "[guide]"), "data.validation_prefix and data.reference_p"),
+        (
+            ("guide",),
+            (*MINIMAX, "--data.reference_prefix", "held", "--bilevel.validation_batch_size", "1"),
+            "found bilevel.validation_batch_size 1 with 2 sets in data.validation_prefix and data.reference_prefix",
+        ),
+        (("guide",), (*MINIMAX, "--arms", "published,random"), "with the arm published, expected fixed for it"),
     ],
 )
 def test_sets_that_cannot_work_are_refused(
