@@ -50,8 +50,8 @@ class CountSolution:
     """Where the Frank-Wolfe steps ended, and the best scores that they met."""
 
     ratios: np.ndarray
-    """float64 [m]: p_j / q_j, 0 where q_j is 0, at the step whose scores gave the least ``kept_loss``. A unit's score is
-    their mean over its n-grams."""
+    """float64 [m]: p_j / q_j, 0 where q_j is 0, at the step whose scores gave the least ``kept_loss``. A unit's score
+    is their mean over its n-grams."""
     weights: np.ndarray
     """float64 [units]: w, where the steps ended."""
     loss: float
