@@ -20,7 +20,7 @@ from megatron_bliss.models.transformer import BLOCKS
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.run.options import TABLES, parse_options
 
-ANY_FINITE_NUMBER = {"selection.threshold"}
+ANY_FINITE_NUMBER = {"selection.threshold", "bilevel.minimax_slack"}
 """Scores have either sign and any size, and so has the lowest that is kept."""
 
 
