@@ -20,8 +20,8 @@ from megatron_bliss.models.transformer import BLOCKS
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.run.options import TABLES, parse_options
 
-ANY_FINITE_NUMBER = {"selection.threshold"}
-"""Scores have either sign and any size, and so has the lowest that is kept."""
+ANY_FINITE_NUMBER = {"selection.threshold", "bilevel.minimax_slack"}
+"""Scores have either sign and any size, and so has the lowest that is kept; a slack below 0 asks for a gain."""
 
 
 def numeric_options(section: Any, prefix: str = "") -> Iterator[tuple[str, set[type], dataclasses.Field]]:
