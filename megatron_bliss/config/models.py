@@ -115,7 +115,7 @@ class ScoreConfig:
     """transformer, both: standard deviation of the linear unit's initial weights; 0 starts from equal scores."""
     ngram_max: int = bounded(2, minimum=1, maximum=3)
     """Longest n-gram of tokens that counts; all shorter ones do, too. transformer: where counts are its start."""
-    ngram_buckets: int = bounded(2**17, minimum=1, maximum=2**30)
+    ngram_buckets: int = bounded(2**19, minimum=1, maximum=2**30)
     """Rows of the table that n-grams are hashed into; a power of 2 is fastest. transformer: as ngram_max."""
     ngram_scale: float = bounded(32.0, above=0)
     """ngram, both: f = this x mean of the unit's entries. 32 suits a bilevel.score_optimizer with lr 1e-2 and

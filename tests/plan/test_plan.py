@@ -187,8 +187,8 @@ def test_a_score_model_of_ngrams_costs_next_to_nothing() -> None:
     family = "--score.family"
     trunk, table, both = (plan("pythia_1b_c4", family, name) for name in ("transformer", "ngram", "both"))
     counts = [planned["models"]["score model"]["parameters"] for planned in (trunk, table, both)]
-    assert counts[1] == 2**17 and counts[2] == counts[0] + counts[1] and counts[0] > 10**7
-    assert "score model 131,072" in format_plan(table)
+    assert counts[1] == 2**19 and counts[2] == counts[0] + counts[1] and counts[0] > 10**7
+    assert "score model 524,288" in format_plan(table)
     scored, tokens = of_stage(table, "score")["flops"], of_stage(table, "score")["tokens"]
     assert scored == 4.0 * tokens < 1e-3 * of_stage(trunk, "score")["flops"]
     longer = plan("pythia_1b_c4", family, "ngram", "--score.ngram_max", "3")
@@ -202,12 +202,12 @@ def test_a_score_model_of_ngrams_costs_next_to_nothing() -> None:
     assert steps[0] - steps[1] == pytest.approx(4 * read - 3 * 4 * batches, rel=1e-9)
     assert steps[2] - steps[0] == pytest.approx(3 * 4 * batches, rel=1e-3)
     held = [memory(planned)["bilevel"] for planned in (trunk, table, both)]
-    assert held[0]["optimizer"] - held[1]["optimizer"] == 8 * (counts[0] - 2**17)
-    assert held[2]["parameters"] - held[0]["parameters"] == 8 * 2**17  # passes are bf16: a copy, the table's in fp32
-    assert memory(table)["score"]["parameters"] == 4 * 2**17
+    assert held[0]["optimizer"] - held[1]["optimizer"] == 8 * (counts[0] - 2**19)
+    assert held[2]["parameters"] - held[0]["parameters"] == 8 * 2**19  # passes are bf16: a copy, the table's in fp32
+    assert memory(table)["score"]["parameters"] == 4 * 2**19
     assert memory(table)["score"]["working"] < 0.2 * memory(trunk)["score"]["working"]
     disk = [planned["disk"]["parts"]["proxy and score model"] for planned in (trunk, table)]
-    assert disk[0] - disk[1] == 4 * 16 * (counts[0] - 2**17)  # in 4 rounds, with moments and once more in final.pt
+    assert disk[0] - disk[1] == 4 * 16 * (counts[0] - 2**19)  # in 4 rounds, with moments and once more in final.pt
 
 
 def test_teaching_a_transformer_what_counts_say_is_planned() -> None:

@@ -145,7 +145,7 @@ def test_the_next_best_fill_up_under_any_policy(policy: str, units: list[np.ndar
 def test_off_is_as_before_and_a_missing_library_is_named(units: list[np.ndarray], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(near_duplicates, "find_spec", lambda name: None)
     prefix, scores = write(tmp_path / "X", units), np.arange(160.0)
-    _, record, _ = apply_policy(prefix, scores, SelectionConfig(), seed=1)
+    _, record, _ = apply_policy(prefix, scores, SelectionConfig("top_fraction"), seed=1)
     assert record == {"name": "top_fraction", "fraction": 0.2, "seed": 1, "threshold": 128.0}
     with pytest.raises(ValueError, match=r"no package datasketch, .* pip install '.\[duplicates\]'"):
         apply_policy(prefix, scores, SelectionConfig(near_duplicates=0.8), seed=1)
