@@ -20,7 +20,7 @@ ASSUMED_SHARE = 0.2
 def selection_of(config: Config, arm: str, number: int) -> SelectionConfig:
     """How an arm's units are selected in a round: by the run's policy, or as a fraction that is all of them."""
     if ARMS[arm].keeps_all:
-        return SelectionConfig(epoch_warning=config.selection.epoch_warning, settings={"fraction": 1.0})
+        return SelectionConfig("top_fraction", config.selection.epoch_warning, settings={"fraction": 1.0})
     return in_round(config.selection, number)
 
 

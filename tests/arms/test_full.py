@@ -32,7 +32,7 @@ def test_a_run_trains_on_whole_shards_and_its_plan_says_so(corpus: Path, tmp_pat
     assert len(kept["random"]) == round(len(units) / 4)
     place = folder / "full" / "round_01" / "select"
     policy = read_manifest(place / json.loads((place / "done.json").read_text())["prefix"])["policy"]
-    assert policy["name"] == "gumbel" and policy["fraction"] == 1.0
+    assert policy["name"] == "top_fraction" and policy["fraction"] == 1.0
     tokens = [
         arm["validation_loss"][-1][0] for arm in json.loads((folder / "summary.json").read_text())["arms"].values()
     ]
