@@ -94,6 +94,8 @@ class Arm:
     """(its options, data.train_prefix) -> ValueError where they cannot work with what lies on the disk."""
     keeps_all: bool = False
     """The target trains on all of a shard, whatever the policy of the run."""
+    reads_proxy: bool = False
+    """Its score stage looks at the warmed-up proxy."""
     stages: tuple[str, ...] = ()
     """Stages of its rounds that come before ``score``."""
     bilevel_options: Callable[[BilevelConfig], BilevelConfig] = as_they_are

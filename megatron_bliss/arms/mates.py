@@ -226,6 +226,7 @@ ARM = Arm(
     scores,
     paper="2406.06046",
     settings=MatesConfig,
+    reads_proxy=True,
     work=work,
     params_dtype="fp32",
     memory=memory,

@@ -110,6 +110,7 @@ ARM = Arm(
     "as mates, but what is probed is a proxy that was tied to the target by bilevel.kl_weight",
     scores,
     settings=MatesKlConfig,
+    reads_proxy=True,
     stages=("bilevel",),
     bilevel_options=options,
     scheme=Scheme(

@@ -64,6 +64,7 @@ ARM = Arm(
     scores,
     paper="2309.04564",
     settings=PerplexityConfig,
+    reads_proxy=True,
     work=work,
     memory=memory,
 )

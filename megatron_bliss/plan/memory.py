@@ -30,7 +30,7 @@ from megatron_bliss.config.config import Config
 from megatron_bliss.models.families.family import ngram_architecture
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.models.score_architecture import ScoreArchitecture
-from megatron_bliss.run.order import distils
+from megatron_bliss.run.order import distils, needs_proxy
 from megatron_bliss.target.memory import (
     FP32_BYTES,
     MOMENT_BYTES,
@@ -61,8 +61,12 @@ def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, mo
     """
     sizing = _Sizing(config, device, layout, memory_gib, models)
     learning = _bilevel_stages(config)
-    stages = [sizing.training(), sizing.proxy_warmup(), *starmap(sizing.bilevel, learning.items())]
-    if distils(config.score, 1) and any(scheme.learns_scores for _, scheme in learning.values()):
+    stages = [sizing.training()]
+    stages += [sizing.proxy_warmup()] if needs_proxy(config) else []
+    stages += starmap(sizing.bilevel, learning.items())
+    if distils(config.score, 1) and any(
+        "bilevel" in arm.stages and arm.scheme.learns_scores for arm in map(ARMS.__getitem__, config.arms)
+    ):
         stages.append(sizing.distillation())
     stages += [sizing.score(), sizing.evaluate()]
     own = sizing.arms()
@@ -85,12 +89,12 @@ def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, mo
 
 
 def _bilevel_stages(config: Config) -> dict[str, tuple[BilevelConfig, Scheme]]:
-    """The bilevel stage of the options, and by their names those of arms that differ from it."""
-    stages = {"bilevel": (config.bilevel, ENGINE)}
+    """The bilevel stages that make steps: that of the options, and by their names those of arms that differ from it."""
+    stages = {}
     for name in config.arms:
         own = ARMS[name].bilevel_options(config.bilevel), ARMS[name].scheme
-        if own != stages["bilevel"]:
-            stages[f"{name} bilevel"] = own
+        if "bilevel" in ARMS[name].stages and own[0].upper_iters:
+            stages["bilevel" if own == (config.bilevel, ENGINE) else f"{name} bilevel"] = own
     return stages
 
 

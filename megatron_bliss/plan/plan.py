@@ -24,7 +24,7 @@ from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import Models, memory_plan
 from megatron_bliss.run.checks import check_layout, check_options, not_ready
-from megatron_bliss.run.order import distils, round_stages
+from megatron_bliss.run.order import distils, needs_proxy, round_stages
 from megatron_bliss.target.layout import check_layout as check_target_layout
 from megatron_bliss.target.learning_rate import learning_rate_at
 from megatron_bliss.target.pretrained import configured_architecture
@@ -155,8 +155,9 @@ def _stages(config: Config, models: Models, corpus: Corpus) -> Iterator[dict]:
     }
     warmup = {"target": (training.warmup_iters * iteration_tokens, training.warmup_iters * iteration)}
     warmup |= {"decay_branch": fixed["decay_branch"]} if branch else {}
-    proxy_tokens = config.proxy.warmup_iters * config.proxy.warmup_batch_size * seq_length
-    warmup["proxy"] = proxy_tokens, proxy_warmup_flops(config.proxy, proxy, seq_length)
+    if needs_proxy(config):
+        proxy_tokens = config.proxy.warmup_iters * config.proxy.warmup_batch_size * seq_length
+        warmup["proxy"] = proxy_tokens, proxy_warmup_flops(config.proxy, proxy, seq_length)
     warmup |= {"evaluate": (0, 0.0)} if config.evaluation.tasks else {}
     for stage, cost in warmup.items():
         yield _record("shared", 0, f"warmup {stage}", *cost)

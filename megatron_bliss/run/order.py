@@ -34,6 +34,16 @@ def distils(config: ScoreConfig, number: int) -> bool:
     return starts_anew(config, number) and config.init_from in TABLE_STARTS and FAMILIES[config.family].distils
 
 
+def needs_proxy(config: Config) -> bool:
+    """Whether an arm looks at the warmed-up proxy: in its score stage, in upper steps, or for a score model's trunk."""
+    has_trunk = FAMILIES[config.score.family].has_trunk
+    return any(
+        arm.reads_proxy
+        or ("bilevel" in arm.stages and (arm.bilevel_options(config.bilevel).upper_iters > 0 or has_trunk))
+        for arm in map(ARMS.__getitem__, config.arms)
+    )
+
+
 def round_stages(config: Config, arm: str) -> list[str]:
     """The stages of a round of this arm, in order."""
     optional = {stage: stage in ARMS[arm].stages for stage in OWN_STAGES}

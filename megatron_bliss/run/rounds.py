@@ -25,7 +25,7 @@ from megatron_bliss.report.text import format_table
 from megatron_bliss.run import corpora as run_corpora
 from megatron_bliss.run import stages, target_stages
 from megatron_bliss.run.folder import RunFolder
-from megatron_bliss.run.order import round_stages
+from megatron_bliss.run.order import needs_proxy, round_stages
 from megatron_bliss.run.session import Round, Session, warmup
 
 STAGE_WORK: dict[str, Callable[[Round, Path], dict]] = {
@@ -65,7 +65,8 @@ def _planned(session: Session) -> Iterator[tuple[Path, Callable[[Path], dict]]]:
         yield start.folder("target"), partial(target_stages.warm_up_target, session)
         if config.pretraining.decay_branch_iters:
             yield start.folder("decay_branch"), partial(target_stages.decay_target, start)
-        yield start.folder("proxy"), partial(stages.warm_up_proxy, session)
+        if needs_proxy(config):
+            yield start.folder("proxy"), partial(stages.warm_up_proxy, session)
     if config.evaluation.tasks and (
         config.stage in (None, "warmup") or (config.stage, config.round) == ("evaluate", 0)
     ):

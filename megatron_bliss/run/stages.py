@@ -102,10 +102,8 @@ def learn_scores(this: Round, folder: Path) -> dict:
 
 def _keep_start(this: Round, folder: Path, settings: BilevelConfig) -> dict:
     """Leave the score model as it starts; the proxy is looked at for its trunk only, where the family has one."""
-    session = this.session
-    family = FAMILIES[session.config.score.family]
-    has_trunk = family.architecture(session.config.score, session.proxy_architecture).trunk is not None
-    start = start_score_model(this, _start_proxy(this) if has_trunk else None, folder, settings)
+    session, family = this.session, FAMILIES[this.session.config.score.family]
+    start = start_score_model(this, _start_proxy(this) if family.has_trunk else None, folder, settings)
     _warn(this, start.warnings)
     _save_final(session, folder, {"score_model": start.model.state_dict(), **_described(session)})
     return {"flops": start.flops, "validation_loss": None, "warnings": start.warnings}

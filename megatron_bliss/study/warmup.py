@@ -17,6 +17,7 @@ from megatron_bliss.base.files import atomic_file, sync_folder
 from megatron_bliss.base.metrics import read_metrics
 from megatron_bliss.config.config import Config
 from megatron_bliss.config.parse import dump_yaml, to_dict
+from megatron_bliss.run.order import needs_proxy
 from megatron_bliss.run.session import SHARED
 from megatron_bliss.study.runs import StudyRun
 
@@ -62,7 +63,8 @@ def warmup_options(config: dict) -> dict:
 def _is_usable(source: StudyRun, config: Config) -> bool:
     """Whether a run's shards and warm-up are finished, and made with the same options."""
     folder, written = source.folder, source.folder / "config.yaml"
-    stages = ["shards", "warmup/target", "warmup/proxy"]
+    stages = ["shards", "warmup/target"]
+    stages += ["warmup/proxy"] if needs_proxy(source.config) else []  # where there is none, this run makes its own
     stages += ["warmup/decay_branch"] if config.pretraining.decay_branch_iters else []
     stages += ["warmup/evaluate"] if config.evaluation.tasks else []
     if not written.is_file() or not all((folder / stage / "done.json").is_file() for stage in stages):

@@ -64,10 +64,11 @@ def test_a_run_by_counts_alone_makes_no_bilevel_step(corpus: Path, tmp_path: Pat
     assert not [line for line in metric_lines(tmp_path / "run") if line.get("stage") == "bilevel"]
     record = json.loads((tmp_path / "run/bliss/round_02/bilevel/done.json").read_text())
     assert record["flops"] == 0 and record["validation_loss"] is None
-    assert not [one for one in record["needs"] if "proxy" in one]  # so the proxy's warm-up is no cost of it
+    assert not [one for one in record["needs"] if "proxy" in one] and not (tmp_path / "run/warmup/proxy").exists()
     planned = make_plan(parse_arguments(command(corpus, tmp_path / "run", *options)[2:]), Machine(world_size=1))
     recorded = {(one["arm"], one["round"], one["stage"]): one["flops"] for one in read_stages(tmp_path / "run")}
     assert {(one["arm"], one["round"], one["stage"]): one["flops"] for one in planned["stages"]} == recorded
+    assert not {"bilevel", "proxy warm-up"} & {one["stage"] for one in planned["memory"]["stages"]}
     summary, page = (tmp_path / "run" / name for name in ("summary.json", "report.html"))
     assert "bliss" in json.loads(summary.read_text())["arms"] and "bliss" in page.read_text()
 

@@ -27,6 +27,8 @@ class Family:
     """What score.init_from may be; a family without a trunk or a table ignores that part of it."""
     start_options: Mapping[str, tuple[str, ...]]
     """Option -> the values of score.init_from that it says something to, of those that do not hold for all."""
+    has_trunk: bool = True
+    """Whether a model of it has the warmed-up proxy's trunk."""
     distils: bool = False
     """Whether it has no table: with a start from counts, it learns the scores of one."""
 

@@ -15,4 +15,5 @@ FAMILY = Family(
     options=NGRAM_OPTIONS,
     starts=("proxy", *TABLE_STARTS),
     start_options=START_OPTIONS,
+    has_trunk=False,
 )
