@@ -23,8 +23,8 @@ class ScoringConfig:
 class SelectionConfig:
     """Which units of a scored shard the target trains on."""
 
-    policy: str = "gumbel"
-    """Which units are kept. gumbel loses less than top_fraction on text that the guide does not speak for."""
+    policy: str = "soft"
+    """Which units are kept. soft gains less on the guide than top_fraction and loses less on other text."""
     epoch_warning: float = bounded(4.0, above=0)
     """Warn when the target will see the tokens of a selection more often than this in one round."""
     fraction_schedule: list[float] = bounded(default_factory=list, above=0, maximum=1)

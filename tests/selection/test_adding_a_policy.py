@@ -57,5 +57,5 @@ print(yaml.safe_load(dump_yaml(config))["selection"]["skip"], kept_share(config.
     assert "found selection.skip 1.0, expected 0 or more, less than 1" in wrong
     text = " ".join(run_in(copy, str(copy / "pretrain_bliss.py"), "--help").stdout.split())
     assert "--selection.skip SKIP below_top: share of units with the highest scores that is left out." in text
-    assert "top_fraction, gumbel, mixed, proportional, floors, quotas, below_top: share of units kept." in text
+    assert "top_fraction, soft, gumbel, mixed, proportional, floors, quotas, below_top: share of units kept." in text
     assert "quotas: the best under a given mixture; below_top: the best but for the very best." in text

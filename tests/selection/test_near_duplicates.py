@@ -116,7 +116,7 @@ def test_bands_are_as_long_as_they_may_be(threshold: float) -> None:
     assert rows == PLACES // 2 or missed(rows + 1) > MISSED
 
 
-@pytest.mark.parametrize("policy", ["top_fraction", "gumbel", "mixed", "threshold", "token_budget"])
+@pytest.mark.parametrize("policy", ["top_fraction", "soft", "gumbel", "mixed", "threshold", "token_budget"])
 def test_the_next_best_fill_up_under_any_policy(policy: str, units: list[np.ndarray], tmp_path: Path) -> None:
     prefix, scores = write(tmp_path / "X", units), np.random.default_rng(3).permutation(160).astype(np.float32)
     settings = {"fraction": 0.2, "threshold": 80.0, "tokens": 4000, "temperature": 1.0}
@@ -129,7 +129,7 @@ def test_the_next_best_fill_up_under_any_policy(policy: str, units: list[np.ndar
     assert among_kept.max() < 0.65 and not np.isin(ids, excluded).any()
     staying = [unit + 2 for unit in walk_down(similarities[2:, 2:], scores[2:], 0.65)]
     by_score = np.array(sorted(staying, key=lambda unit: -scores[unit]))
-    if policy in ("gumbel", "mixed"):
+    if policy in ("soft", "gumbel", "mixed"):
         assert len(ids) == 32 and set(ids.tolist()) <= set(staying)
     elif policy == "token_budget":
         fits = np.cumsum(IndexedCorpus(prefix).lengths[by_score]) <= 4000

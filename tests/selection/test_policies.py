@@ -13,6 +13,7 @@ import pytest
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import settings_of
 from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.policies.soft import log_odds_of_ranks
 from megatron_bliss.selection.policy import Domains
 
 
@@ -86,8 +87,7 @@ def test_a_token_budget_among_equal_scores_is_drawn_by_seed():
 
 def test_gumbel_draws_in_proportion_to_the_softmax():
     scores = np.log(np.array([8.0, 4.0, 2.0, 1.0, 1.0], dtype=np.float32))
-    one = 1 / float(scores.std())  # a temperature of 1 in the scores' own units
-    draws = [keep("gumbel", scores, fraction=0.2, temperature=one, seed=seed)[0] for seed in range(4000)]
+    draws = [keep("gumbel", scores, fraction=0.2, temperature=1.0, seed=seed)[0] for seed in range(4000)]
     np.testing.assert_allclose(np.bincount(draws, minlength=5) / 4000, [0.5, 0.25, 0.125, 0.0625, 0.0625], atol=0.025)
 
 
@@ -108,18 +108,9 @@ def test_effective_sample_share_of_a_temperature(temperature):
     scores = (np.random.default_rng(0).normal(size=100_000) * 3).astype(np.float32)  # more than one block
     record = POLICIES["gumbel"]
     measured = record.measure(scores, record.settings(temperature=temperature))
-    weights = np.exp((scores.astype(np.float64) - scores.max()) / scores.astype(np.float64).std() / temperature)
+    weights = np.exp((scores.astype(np.float64) - scores.max()) / temperature)
     expected = weights.sum() ** 2 / (weights**2).sum() / len(scores)
-    assert measured == {"effective_sample_share": pytest.approx(expected, rel=1e-4)}
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 5.0, 1e30])
-@pytest.mark.parametrize("shift", [0.0, 100.0])
-def test_scores_of_any_scale_are_softened_alike(scale, shift):
-    scores = np.random.default_rng(0).normal(size=20_000)
-    expected = keep("gumbel", scores, fraction=0.2, temperature=0.5, seed=3)
-    found = keep("gumbel", (scores + shift) * scale, fraction=0.2, temperature=0.5, seed=3)
-    assert len(np.intersect1d(found, expected)) >= 3_995  # rounding may change a few at the limit
+    assert measured == {"effective_sample_share": pytest.approx(expected, rel=1e-12)}
 
 
 def test_effective_sample_share_where_it_is_known_and_where_weights_overflow():
@@ -128,7 +119,7 @@ def test_effective_sample_share_where_it_is_known_and_where_weights_overflow():
         ([2.0, 2.0, 2.0, 2.0], 1e-9, 1.0),  # all alike
         ([5.0, 0.0, 0.0, 0.0], 1e-9, 0.25),  # one has all the weight
         ([1e30, 1e30, -1e30, 0.0], 1e-9, 0.5),
-        (np.log([3.0, 1.0, 1.0]), 1 / np.log([3.0, 1.0, 1.0]).std(), 25 / 11 / 3),
+        (np.log([3.0, 1.0, 1.0]), 1.0, 25 / 11 / 3),
     ):
         measured = record.measure(np.array(scores), record.settings(temperature=temperature))
         assert measured["effective_sample_share"] == pytest.approx(share)
@@ -147,6 +138,40 @@ def test_mixed_keeps_the_best_and_draws_the_others_from_the_rest():
         drawn += values - set(range(13, 20))
     np.testing.assert_allclose(np.bincount(drawn, minlength=13) / 3000, 3 / 13, atol=0.03)
     np.testing.assert_array_equal(ids, keep("mixed", scores, fraction=0.5, random_share=0.3, seed=2999))
+
+
+def test_soft_draws_in_proportion_to_the_odds_of_ranks():
+    """Five units have r = 0.1, 0.3 .. 0.9: odds to the power 1/2."""
+    scores = np.array([5.0, -1.0, 1e9, 7.0, 6.0])
+    rank = np.array([0.3, 0.1, 0.9, 0.7, 0.5])
+    expected = np.sqrt(rank / (1 - rank))
+    draws = [keep("soft", scores, fraction=0.2, softness=2.0, seed=seed)[0] for seed in range(4000)]
+    np.testing.assert_allclose(np.bincount(draws, minlength=5) / 4000, expected / expected.sum(), atol=0.025)
+
+
+def test_soft_takes_equal_scores_alike():
+    scores = np.array([2.0, 1.0, 1.0, 1.0, 0.0], dtype=np.float32)
+    rank = np.array([0.9, 0.5, 0.5, 0.5, 0.1])
+    np.testing.assert_allclose(log_odds_of_ranks(scores), np.log(rank / (1 - rank)), rtol=1e-6, atol=1e-7)
+    assert not log_odds_of_ranks(np.zeros(4)).any()
+
+
+def test_soft_between_the_top_fraction_and_a_uniform_draw():
+    scores = np.random.default_rng(0).random(100_000).astype(np.float32)
+    best = keep("top_fraction", scores, fraction=0.2)
+    kept = {s: keep("soft", scores, fraction=0.2, softness=s, seed=3) for s in (1e-12, 2.0, 1e12)}
+    shared = {softness: len(np.intersect1d(ids, best)) / len(best) for softness, ids in kept.items()}
+    assert all(len(ids) == 20_000 and (np.diff(ids) > 0).all() for ids in kept.values())
+    assert shared[1e-12] == 1.0 and abs(shared[1e12] - 0.2) < 0.01
+    record = POLICIES["soft"]
+    measured = record.measure(scores, record.settings(fraction=0.2, softness=2.0))
+    assert measured == {"best_share": pytest.approx(shared[2.0], abs=0.02)} and 0.3 < shared[2.0] < 0.6
+    line = record.describe({"softness": 2.0, "fraction": 0.2, **measured})
+    assert "softness 2: about 4" in line and "of the kept are among the best 20%" in line
+    np.testing.assert_array_equal(kept[2.0], keep("soft", scores, fraction=0.2, softness=2.0, seed=3))
+    np.testing.assert_array_equal(kept[2.0], keep("soft", np.exp(30 * scores), fraction=0.2, softness=2.0, seed=3))
+    with pytest.raises(ValueError, match="found selection.softness 0"):
+        keep("soft", scores, fraction=0.2, softness=0)
 
 
 @pytest.mark.parametrize("share, same", [(0.0, True), (1.0, False)])

@@ -115,7 +115,7 @@ def test_a_run_fills_the_token_budget_with_a_round(pool):
 
 
 def test_what_a_plan_is_told_to_be_kept():
-    for name in ("top_fraction", "gumbel", "mixed", "proportional", "floors", "quotas"):
+    for name in ("top_fraction", "soft", "gumbel", "mixed", "proportional", "floors", "quotas"):
         assert kept_share(selecting(name, fraction=0.3), 1000, 77) == 0.3
     assert kept_share(selecting("threshold"), 1000, 77) is None
     assert kept_share(selecting("token_budget", tokens=2000), 1000, 77) == 1.0
@@ -153,7 +153,7 @@ def test_a_run_keeps_what_its_schedule_says(corpus, tmp_path):
         left_out = policy["near_duplicates_left_out"]
         assert left_out > 0 and f"random, round {number}: left out: {left_out:,} near-duplicates" in done.stderr
         share = f"{policy['effective_sample_share']:.2%}"
-        assert f"random, round {number}: gumbel, temperature 0.6 deviations of the scores: the effective sample size is {share}" in done.stderr
+        assert f"random, round {number}: gumbel, temperature 1: the effective sample size is {share}" in done.stderr
     shutil.rmtree(folder)
     again = run(corpus, tmp_path / "run", *options, "--stage", "select", "--round", "2", "--arm", "random")
     assert again.returncode == 0 and read_json(folder / "done.json")["prefix"] == record["prefix"]

@@ -57,7 +57,7 @@ def test_every_policy_keeps_what_it_says(scored, capsys):
         ids, manifest = kept_units(prefix, scores, capsys, *options)
         assert len(ids) == count and (ids % 3 == 1).sum() == letters and manifest["policy"]["name"] == options[1]
     assert make_subset(prefix, scores, "--policy", "gumbel", "--fraction", "0.3", "--temperature", "1e-3") == 0
-    assert "temperature 0.001 deviations of the scores: the effective sample size is 33.33% of the units" in capsys.readouterr().out
+    assert "temperature 0.001: the effective sample size is 33.33% of the units" in capsys.readouterr().out
     ids, manifest = kept_units(prefix, scores, capsys, "--policy", "token_budget", "--tokens", "600")
     assert manifest["counts"]["tokens"] <= 600 and set(ids % 3) == {1}
     for options, message in (

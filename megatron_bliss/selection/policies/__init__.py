@@ -6,5 +6,5 @@ from megatron_bliss.selection.policy import Policy
 POLICIES: Choices[Policy] = Choices(
     "megatron_bliss.selection.policies",
     "POLICY",
-    ("top_fraction", "threshold", "token_budget", "gumbel", "mixed", "proportional", "floors", "quotas"),
+    ("top_fraction", "threshold", "token_budget", "soft", "gumbel", "mixed", "proportional", "floors", "quotas"),
 )

@@ -17,65 +17,44 @@ from megatron_bliss.selection.policy import Policy
 class GumbelSettings(FractionSettings):
     """How many units are drawn, and how strongly the best are favoured."""
 
-    temperature: float = bounded(0.6, above=0)
-    """Units are drawn with probability proportional to exp(score / (temperature x the scores' standard deviation)),
-    without replacement: scores of any scale are softened alike."""
-
-
-def standardised(scores: np.ndarray) -> np.ndarray:
-    """(score - mean) / standard deviation, float32[n] of finite float[n]; 0 where all are equal.
-
-    In blocks and fp64, relative to the largest size, so that nothing overflows and no second copy is needed.
-    """
-    largest = float(np.abs(scores).max()) or 1.0
-    parts = list(blocks(len(scores)))
-    mean = sum(float((scores[part].astype(np.float64) / largest).sum()) for part in parts) / len(scores)
-    squares = sum(float(((scores[part].astype(np.float64) / largest - mean) ** 2).sum()) for part in parts)
-    deviation, found = (squares / len(scores)) ** 0.5, np.zeros(len(scores), dtype=np.float32)
-    if scores.min() < scores.max() and deviation > 0:
-        for part in parts:
-            found[part] = (scores[part].astype(np.float64) / largest - mean) / deviation
-    return found
+    temperature: float = bounded(1.0, above=0)
+    """Units are drawn with probability proportional to exp(score / temperature), without replacement."""
 
 
 def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarray:
-    """A random subset that favours high scores: the top fraction of z / temperature + Gumbel noise, z standardised.
+    """A random subset that favours high scores: the top fraction of score / temperature + Gumbel noise.
 
     The same as drawing units one after another, without replacement, each with probability proportional to
-    exp(z / temperature). Towards temperature 0 it is the top fraction, towards infinity a uniform draw.
+    exp(score / temperature). Towards temperature 0 it is the top fraction, towards infinity a uniform draw.
     """
     check_bounds(settings, "selection")
-    z, temperature = standardised(finite_scores(scores)), settings.temperature
-    generator, keys = np.random.default_rng(seed), np.empty(len(z), dtype=np.float32)
+    scores, temperature = finite_scores(scores), settings.temperature
+    generator, keys = np.random.default_rng(seed), np.empty(len(scores), dtype=np.float32)
     stretch, spread = max(temperature, 1.0), min(temperature, 1.0)  # so that neither term overflows or vanishes
-    for part in blocks(len(z)):
+    for part in blocks(len(scores)):
         noise = generator.gumbel(size=part.stop - part.start)
-        keys[part] = z[part].astype(np.float64) / stretch + spread * noise
-    return best(keys, fraction_count(settings, len(z)), generator)
+        keys[part] = scores[part].astype(np.float64) / stretch + spread * noise
+    return best(keys, fraction_count(settings, len(scores)), generator)
 
 
 def effective_share(scores: np.ndarray, settings: GumbelSettings) -> float:
-    """Effective sample size as a share of the n units: (sum of w)^2 / (n * sum of w^2), w = exp(z / temperature).
+    """Effective sample size as a share of the n units: (sum of w)^2 / (n * sum of w^2), w = exp(score / temperature).
 
     Kish's measure of unequal weights: 1 where all units are as likely as each other, 1 / n where one has all weight.
     Far below the fraction that is kept, the units that have weight are kept whatever is drawn. Weights are taken
     relative to the largest, so that none overflows.
     """
-    z = standardised(scores)
-    highest, total, squares = float(z.max()), 0.0, 0.0
-    for part in blocks(len(z)):
-        weights = np.exp((z[part].astype(np.float64) - highest) / settings.temperature)
+    highest, total, squares = float(scores.max()), 0.0, 0.0
+    for part in blocks(len(scores)):
+        weights = np.exp((scores[part].astype(np.float64) - highest) / settings.temperature)
         total, squares = total + float(weights.sum()), squares + float(weights @ weights)
-    return total**2 / (len(z) * squares)
+    return total**2 / (len(scores) * squares)
 
 
 def describe(record: dict) -> str:
     """What the temperature comes to."""
     share, temperature = record["effective_sample_share"], record["temperature"]
-    return (
-        f"gumbel, temperature {temperature:g} deviations of the scores: the effective sample size is {share:.2%} of the "
-        "units to choose from"
-    )
+    return f"gumbel, temperature {temperature:g}: the effective sample size is {share:.2%} of the units to choose from"
 
 
 POLICY = Policy(

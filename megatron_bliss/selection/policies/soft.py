@@ -1,0 +1,82 @@
+"""A random draw by rank: the better a unit's rank, the likelier it is kept, and none is sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bliss.config.bounds import bounded, check_bounds
+from megatron_bliss.data.indexed import blocks
+from megatron_bliss.selection.best import best, finite_scores
+from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
+from megatron_bliss.selection.policy import Policy
+
+_SIMULATED = 50_000
+"""Ranks that ``best_share`` draws from: its error is about 0.005."""
+
+
+@dataclass(frozen=True)
+class SoftSettings(FractionSettings):
+    """How many units are kept, and how strongly the best are favoured."""
+
+    softness: float = bounded(2.0, above=0)
+    """Units are drawn, without replacement, with probability proportional to (r / (1 - r)) ** (1 / softness), r the
+    unit's rank from 0 (worst) to 1: only the order of scores counts, so that every arm is softened alike."""
+
+
+def log_odds_of_ranks(scores: np.ndarray) -> np.ndarray:
+    """log(r / (1 - r)), float32[n], of r = (units below + half of those that are equal) / n, of finite float[n]."""
+    ordered, n = np.sort(scores), len(scores)
+    found = np.empty(n, dtype=np.float32)
+    for part in blocks(n):
+        below = np.searchsorted(ordered, scores[part], side="left")
+        not_above = np.searchsorted(ordered, scores[part], side="right")
+        twice = (below + not_above).astype(np.float64)  # 2 n r, at least 1 and at most 2 n - 1
+        found[part] = np.log(twice / (2 * n - twice))
+    return found
+
+
+def keep(scores: np.ndarray, settings: SoftSettings, *, seed: int) -> np.ndarray:
+    """The top fraction of log-odds / softness + Gumbel noise.
+
+    The same as drawing units one after another, without replacement, each with probability proportional to its odds to
+    the power 1 / softness. Towards softness 0 it is the top fraction, towards infinity a uniform draw.
+    """
+    check_bounds(settings, "selection")
+    return _draw(log_odds_of_ranks(finite_scores(scores)), settings, np.random.default_rng(seed))
+
+
+def best_share(settings: SoftSettings) -> float:
+    """Share of the kept that is expected to be among as many best units, where no two scores are equal."""
+    log_odds = log_odds_of_ranks(np.arange(_SIMULATED))
+    kept = _draw(log_odds, settings, np.random.default_rng(0))
+    return float((kept >= _SIMULATED - len(kept)).mean())
+
+
+def describe(record: dict) -> str:
+    """What the softness comes to."""
+    share, softness, fraction = record["best_share"], record["softness"], record["fraction"]
+    return f"soft, softness {softness:g}: about {share:.0%} of the kept are among the best {fraction:.0%}"
+
+
+def _draw(log_odds: np.ndarray, settings: SoftSettings, generator: np.random.Generator) -> np.ndarray:
+    keys, softness = np.empty(len(log_odds), dtype=np.float32), settings.softness
+    stretch, spread = max(softness, 1.0), min(softness, 1.0)  # so that neither term overflows or vanishes
+    for part in blocks(len(log_odds)):
+        noise = generator.gumbel(size=part.stop - part.start)
+        keys[part] = log_odds[part].astype(np.float64) / stretch + spread * noise
+    return best(keys, fraction_count(settings, len(log_odds)), generator)
+
+
+POLICY = Policy(
+    help="a random draw by rank: the better, the likelier",
+    settings=SoftSettings,
+    keep=keep,
+    label=lambda settings: f"soft{settings.fraction * 100:g}",
+    to_keep_more="raise selection.fraction",
+    required=("fraction",),
+    share=fraction_share,
+    measure=lambda scores, settings: {"best_share": best_share(settings)},
+    describe=describe,
+)
