@@ -151,7 +151,7 @@ def test_slurm_starts_one_launcher_a_node_with_all_of_its_cores(tmp_path: Path) 
 
 def test_settings_are_those_of_the_paper(prefix: str) -> None:
     """Of optimiser, schedule, batch, bilevel stage and selection."""
-    config = load("pythia_410m_c4", prefix)
+    config = load("pythia_410m_c4", prefix, "--config", str(EXAMPLES / "c4/paper.yaml"))
     optimizer = config.pretraining.optimizer
     found = optimizer.adam_beta1, optimizer.adam_beta2, optimizer.weight_decay, optimizer.clip_grad, optimizer.lr
     assert found == (0.9, 0.95, 0.1, 1.0, 1e-3)
