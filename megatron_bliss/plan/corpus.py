@@ -19,7 +19,7 @@ from megatron_bliss.models.presets import PRESETS, Architecture, parameter_count
 from megatron_bliss.models.score_architecture import ScoreArchitecture
 from megatron_bliss.run.corpora import deal_units
 from megatron_bliss.run.order import ASSUMED_SHARE, round_stages, round_tokens, selection_of
-from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings
+from megatron_bliss.selection.select import in_round, kept_share, repetition_warnings, selection_in_words
 from megatron_bliss.target.memory import FP32_BYTES, MOMENT_BYTES, chunk_weights
 from megatron_bliss.target.pretrained import pretrained_architecture
 
@@ -127,6 +127,7 @@ def data_plan(config: Config, corpus: Corpus) -> dict:
             "epochs": warmup / max(1, corpus.tokens[0]),
         },
         "rounds": rounds,
+        "selection": selection_in_words(in_round(config.selection, 1)),
         "warnings": list(dict.fromkeys(warnings)),
     }
 

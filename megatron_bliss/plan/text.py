@@ -92,7 +92,8 @@ def _data(data: Mapping) -> str:
         else:
             rows.append([f"round {one['round']}", *cells])
         previous = cells
-    return align(title, ["shard", "units", "tokens", "selected", "needed", "epochs"], rows)
+    table = align(title, ["shard", "units", "tokens", "selected", "needed", "epochs"], rows)
+    return f"{table}\n  {_wrapped('selected by ' + data['selection'])}"
 
 
 def _need(shard: Mapping) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.report.parts import escape, figure, section
 from megatron_bliss.report.plots import color_variable, histogram_chart, strip_chart
 from megatron_bliss.report.run_data import RunData
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
 from megatron_bliss.report.summary import by_lift
+from megatron_bliss.selection.select import selection_in_words
 
 SAMPLE_CHARACTERS = 1500
 
@@ -39,7 +41,17 @@ def share_section(run: RunData) -> str:
     """Shares of domains in the pool and in the selections, the most favoured first."""
     fields = (run.summary or {}).get("domains_by_field", {})
     parts = [_share_table(run, field, content) for field, content in fields.items()]
-    return section("What was selected", "Share of units in the pool and in the selection, over all rounds.", *parts)
+    shares = "Share of units in the pool and in the selection, over all rounds."
+    policy = _policy_in_words(run.option("selection") or {})
+    return section("What was selected", f"Selected by {policy}. {shares}" if policy else shares, *parts)
+
+
+def _policy_in_words(options: Mapping) -> str:
+    """Of the section ``selection`` of a config, which may be of another version; empty where it cannot be read."""
+    try:
+        return escape(selection_in_words(SelectionConfig(str(options.get("policy")), settings=dict(options))))
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _share_table(run: RunData, field: str, content: Mapping) -> str:

@@ -51,5 +51,7 @@ class Policy:
     """Name of the lowest score kept in the manifest."""
     measure: Callable[[np.ndarray, Any], dict[str, float]] = lambda scores, settings: {}
     """``measure(scores, settings)``: more numbers for the manifest, of the scores that ``keep`` was given."""
+    why: Callable[[Any], str] = lambda settings: ""
+    """``why(settings)``: what they come to and are good for, known before there are scores, for plans and reports."""
     describe: Callable[[dict], str | None] = lambda record: None
     """``describe(record)``: a line for the user on what the manifest says of a selection; None: no line."""

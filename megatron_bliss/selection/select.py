@@ -54,6 +54,17 @@ def chosen_settings(selection: SelectionConfig, round_tokens: int | None = None)
     return settings if round_tokens is None else policy.in_a_run(settings, round_tokens)
 
 
+def selection_in_words(selection: SelectionConfig) -> str:
+    """The policy of a run, its settings, and what they come to; ValueError for settings out of bounds."""
+    policy, settings = POLICIES[selection.policy], chosen_settings(selection)
+    check_bounds(settings, "selection")
+    given = ", ".join(
+        f"{name} {value:g}" for name, value in asdict(settings).items() if isinstance(value, (int, float))
+    )
+    parts = [f"{selection.policy} ({given}): {policy.help}" if given else f"{selection.policy}: {policy.help}"]
+    return "; ".join([*parts, *filter(None, [policy.why(settings)])])
+
+
 def apply_policy(
     prefix: str | os.PathLike,
     scores: np.ndarray,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_bliss.selection.select import (
     in_round,
     kept_share,
     repetition_warnings,
+    selection_in_words,
 )
 from tests.data.corpora import documents, write_lines
 from tests.runs import run, write_texts
@@ -183,3 +185,15 @@ def test_a_run_with_shards_by_file_and_quotas(corpus, tmp_path):
     manifest = read_manifest(tmp_path / "run/random/round_01/select" / record["prefix"])
     assert manifest["policy"]["quotas"] == {"words": 0.25, "digits": 0.75}
     assert record["tokens"] == manifest["counts"]["tokens"]
+
+
+def test_a_selection_is_said_in_words():
+    soft = selection_in_words(SelectionConfig(settings={"fraction": 0.1, "softness": 1.0}))
+    assert (
+        soft.startswith("soft (fraction 0.1, softness 1): a random draw by rank") and "loses less on other text" in soft
+    )
+    assert 0.5 < float(re.search(r"about (\d+)% of the kept are among the best 10%", soft).group(1)) / 100 < 0.6
+    hard = selection_in_words(SelectionConfig("top_fraction", settings={"fraction": 0.2}))
+    assert hard == "top_fraction (fraction 0.2): the best units"
+    with pytest.raises(ValueError, match=r"selection\.softness"):
+        selection_in_words(SelectionConfig(settings={"softness": 0.0}))

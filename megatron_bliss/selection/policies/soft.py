@@ -60,6 +60,14 @@ def describe(record: dict) -> str:
     return f"soft, softness {softness:g}: about {share:.0%} of the kept are among the best {fraction:.0%}"
 
 
+def why(settings: SoftSettings) -> str:
+    """What it costs and saves."""
+    return (
+        f"about {best_share(settings):.0%} of the kept are among the best {settings.fraction:.0%}, which gains less on the "
+        "guide than to keep the best alone, and loses less on other text"
+    )
+
+
 def _draw(log_odds: np.ndarray, settings: SoftSettings, generator: np.random.Generator) -> np.ndarray:
     keys, softness = np.empty(len(log_odds), dtype=np.float32), settings.softness
     stretch, spread = max(softness, 1.0), min(softness, 1.0)  # so that neither term overflows or vanishes
@@ -78,5 +86,6 @@ POLICY = Policy(
     required=("fraction",),
     share=fraction_share,
     measure=lambda scores, settings: {"best_share": best_share(settings)},
+    why=why,
     describe=describe,
 )
