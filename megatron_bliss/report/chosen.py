@@ -42,7 +42,8 @@ def share_section(run: RunData) -> str:
     fields = (run.summary or {}).get("domains_by_field", {})
     parts = [_share_table(run, field, content) for field, content in fields.items()]
     shares = "Share of units in the pool and in the selection, over all rounds."
-    policy = _policy_in_words(run.option("selection") or {})
+    options = run.option("selection")
+    policy = _policy_in_words(options) if isinstance(options, dict) else ""
     return section("What was selected", f"Selected by {policy}. {shares}" if policy else shares, *parts)
 
 

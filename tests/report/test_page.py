@@ -86,12 +86,11 @@ def test_damaged_pieces_are_named_and_the_rest_is_shown(tmp_path):
 
 
 def test_the_page_says_how_was_selected_and_why(whole_run):
+    write_config(whole_run, selection={"policy": "soft", "fraction": 0.2, "softness": 2.0})
     text = check_page(build_report(whole_run)).text
-    assert (
-        "Selected by soft (fraction 0.2, softness 2): a random draw by rank" in text
-        and "loses less on other text" in text
-    )
-    config = whole_run / "config.yaml"
-    config.write_text(config.read_text().replace("softness: 2.0", "softness: <b>none</b>"))
-    text = check_page(build_report(whole_run)).text
-    assert "Selected by" not in text and "Share of units in the pool" in text
+    assert "Selected by soft (fraction 0.2, softness 2): a random draw by rank" in text
+    assert "loses less on other text" in text
+    for other in ({"policy": "soft", "softness": "<b>none</b>"}, {"policy": "of another version"}, "soft", None):
+        write_config(whole_run, selection=other)
+        text = check_page(build_report(whole_run)).text
+        assert "Selected by" not in text and "Share of units in the pool" in text

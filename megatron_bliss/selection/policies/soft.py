@@ -63,8 +63,8 @@ def describe(record: dict) -> str:
 def why(settings: SoftSettings) -> str:
     """What it costs and saves."""
     return (
-        f"about {best_share(settings):.0%} of the kept are among the best {settings.fraction:.0%}, which gains less on the "
-        "guide than to keep the best alone, and loses less on other text"
+        f"about {best_share(settings):.0%} of the kept are among the best {settings.fraction:.0%}, which gains less on "
+        "the guide than to keep the best alone, and loses less on other text"
     )
 
 
