@@ -151,6 +151,7 @@ def test_a_run_selects_by_the_file(corpus: Path, tmp_path: Path) -> None:
     units = read_manifest(corpus / "pool")["counts"]["units"]
     path = file_of(tmp_path / "quality.parquet", np.random.default_rng(1).normal(size=units))
     given = ("--baselines.external.scores", str(path), "--baselines.external.column", "quality")
+    given += ("--selection.policy", "top_fraction")
     result = run(corpus, tmp_path / "run", "--arms", "external", "--rounds", "1", "--evaluation.tasks", "[]", *given)
     assert result.returncode == 0, result.stderr
     shards = json.loads((tmp_path / "run" / "shards" / "done.json").read_text())["prefixes"]

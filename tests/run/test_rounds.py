@@ -19,6 +19,7 @@ from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.report.costs import read_stages
 from megatron_bliss.run.checks import parse_arguments
 from megatron_bliss.run.rounds import STAGE_WORK
+from megatron_bliss.selection.policies.soft import SoftSettings, keep
 from tests.runs import ROOT, command, environment, kill_when, metric_lines, run
 
 
@@ -171,7 +172,7 @@ def test_a_checkpoint_alone_gives_what_the_round_gave(finished: Path, tmp_path: 
     assert {task["num_items"] for task in result["tasks"].values()} == {10}
 
 
-def test_rounds_use_disjoint_shards_and_the_best_fifth(corpus: Path, finished: Path) -> None:
+def test_rounds_use_disjoint_shards_and_keep_what_the_policy_draws(corpus: Path, finished: Path) -> None:
     units = []
     for number in (1, 2):
         folder = finished / "bliss" / f"round_{number:02d}"
@@ -181,8 +182,10 @@ def test_rounds_use_disjoint_shards_and_the_best_fifth(corpus: Path, finished: P
         shard = np.load(next((finished / "shards").glob(f"pool.shard{number}-*.units.npy")))
         assert len(scores) == len(shard)
         assert len(chosen) == round(0.2 * len(shard))
-        kept = np.isin(shard, chosen)
-        assert scores[kept].min() >= scores[~kept].max()
+        record = read_manifest(index.with_suffix(""))["policy"]
+        assert record["name"] == "soft" and record["fraction"] == 0.2
+        settings = SoftSettings(fraction=record["fraction"], softness=record["softness"])
+        np.testing.assert_array_equal(np.isin(shard, chosen).nonzero()[0], keep(scores, settings, seed=record["seed"]))
         units.append(chosen)
     assert not np.intersect1d(*units).size
     assert len(IndexedCorpus(str(corpus / "pool"))) > sum(map(len, units))
