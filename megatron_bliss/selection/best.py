@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_bliss.data.indexed import blocks
+
 
 def finite_scores(scores: np.ndarray) -> np.ndarray:
     """float[n], one finite number per unit; ValueError for anything else."""
@@ -30,6 +32,20 @@ def best(keys: np.ndarray, count: int, generator: np.random.Generator) -> np.nda
     equal = np.flatnonzero(keys == threshold)
     kept[generator.choice(equal, count - np.count_nonzero(kept), replace=False)] = True
     return np.flatnonzero(kept)
+
+
+def drawn(logits: np.ndarray, temperature: float, count: int, generator: np.random.Generator) -> np.ndarray:
+    """int64[count]: places, increasing, drawn without replacement in proportion to exp(logit / temperature).
+
+    The largest of logit / temperature + Gumbel noise. Towards temperature 0 they are the best, towards infinity all are
+    as likely.
+    """
+    keys = np.empty(len(logits), dtype=np.float32)
+    stretch, spread = max(temperature, 1.0), min(temperature, 1.0)  # so that neither term overflows or vanishes
+    for part in blocks(len(logits)):
+        noise = generator.gumbel(size=part.stop - part.start)
+        keys[part] = logits[part].astype(np.float64) / stretch + spread * noise
+    return best(keys, count, generator)
 
 
 def best_of_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -86,8 +87,10 @@ def test_resumed_steps_equal_uninterrupted_ones(way: str, tmp_path) -> None:
 
 
 def test_a_state_of_before_weights_could_move_is_taken_up() -> None:
-    trainer = make_trainer(CONFIG, torch.float32, ALONE, trainer=GuidedTrainer)
-    state = trainer.state_dict()
-    state.pop("upper")
-    trainer.load_state_dict(state)
-    trainer.step()
+    whole, resumed = (make_trainer(CONFIG, torch.float32, ALONE, trainer=GuidedTrainer) for _ in range(2))
+    whole.step()
+    state = copy.deepcopy(whole.state_dict())
+    assert state.pop("upper") == {}
+    resumed.load_state_dict(state)
+    assert resumed.step() == whole.step()
+    assert np.array_equal(flat(whole.proxy), flat(resumed.proxy))

@@ -13,7 +13,7 @@ import pytest
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import settings_of
 from megatron_bliss.selection.policies import POLICIES
-from megatron_bliss.selection.policies.soft import log_odds_of_ranks
+from megatron_bliss.selection.policies.soft import best_share, log_odds_of_ranks
 from megatron_bliss.selection.policy import Domains
 
 
@@ -166,6 +166,11 @@ def test_soft_between_the_top_fraction_and_a_uniform_draw():
     record = POLICIES["soft"]
     measured = record.measure(scores, record.settings(fraction=0.2, softness=2.0))
     assert measured == {"best_share": pytest.approx(shared[2.0], abs=0.02)} and 0.3 < shared[2.0] < 0.6
+    for fraction, softness, expected in ((0.1, 1.0, 0.553), (0.2, 1.5, 0.527), (0.3, 0.5, 0.831), (1.0, 2.0, 1.0)):
+        assert best_share(record.settings(fraction=fraction, softness=softness)) == pytest.approx(expected, abs=0.01)
+    assert best_share(record.settings(fraction=0.2, softness=1e-6)) == pytest.approx(1.0, abs=0.01)
+    assert best_share(record.settings(fraction=0.2, softness=1e6)) == pytest.approx(0.2, abs=0.01)
+    assert 0 < best_share(record.settings(fraction=1e-7, softness=2.0)) < 0.1  # no unit of a few thousand
     line = record.describe({"softness": 2.0, "fraction": 0.2, **measured})
     assert "softness 2: about 4" in line and "of the kept are among the best 20%" in line
     np.testing.assert_array_equal(kept[2.0], keep("soft", scores, fraction=0.2, softness=2.0, seed=3))

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_bliss.config.bounds import bounded, check_bounds
 from megatron_bliss.data.indexed import blocks
-from megatron_bliss.selection.best import best, finite_scores
+from megatron_bliss.selection.best import drawn, finite_scores
 from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Policy
 
@@ -28,13 +28,8 @@ def keep(scores: np.ndarray, settings: GumbelSettings, *, seed: int) -> np.ndarr
     exp(score / temperature). Towards temperature 0 it is the top fraction, towards infinity a uniform draw.
     """
     check_bounds(settings, "selection")
-    scores, temperature = finite_scores(scores), settings.temperature
-    generator, keys = np.random.default_rng(seed), np.empty(len(scores), dtype=np.float32)
-    stretch, spread = max(temperature, 1.0), min(temperature, 1.0)  # so that neither term overflows or vanishes
-    for part in blocks(len(scores)):
-        noise = generator.gumbel(size=part.stop - part.start)
-        keys[part] = scores[part].astype(np.float64) / stretch + spread * noise
-    return best(keys, fraction_count(settings, len(scores)), generator)
+    scores = finite_scores(scores)
+    return drawn(scores, settings.temperature, fraction_count(settings, len(scores)), np.random.default_rng(seed))
 
 
 def effective_share(scores: np.ndarray, settings: GumbelSettings) -> float:

@@ -8,12 +8,12 @@ import numpy as np
 
 from megatron_bliss.config.bounds import bounded, check_bounds
 from megatron_bliss.data.indexed import blocks
-from megatron_bliss.selection.best import best, finite_scores
+from megatron_bliss.selection.best import drawn, finite_scores
 from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Policy
 
-_SIMULATED = 50_000
-"""Ranks that ``best_share`` draws from: its error is about 0.005."""
+_LOG_ODDS = np.linspace(-40.0, 40.0, 20_001)
+"""Where ``best_share`` cuts the ranks of endlessly many units, as log(r / (1 - r)): down to parts of 1e-17."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,25 @@ def keep(scores: np.ndarray, settings: SoftSettings, *, seed: int) -> np.ndarray
     the power 1 / softness. Towards softness 0 it is the top fraction, towards infinity a uniform draw.
     """
     check_bounds(settings, "selection")
-    return _draw(log_odds_of_ranks(finite_scores(scores)), settings, np.random.default_rng(seed))
+    log_odds = log_odds_of_ranks(finite_scores(scores))
+    count = fraction_count(settings, len(log_odds))
+    return drawn(log_odds, settings.softness, count, np.random.default_rng(seed))
 
 
 def best_share(settings: SoftSettings) -> float:
-    """Share of the kept that is expected to be among as many best units, where no two scores are equal."""
-    log_odds = log_odds_of_ranks(np.arange(_SIMULATED))
-    kept = _draw(log_odds, settings, np.random.default_rng(0))
-    return float((kept >= _SIMULATED - len(kept)).mean())
+    """Share of the kept that is expected to be among as many best units, of very many units with unlike scores.
+
+    Drawn so, a unit with weight w is kept with probability 1 - exp(-t w), t such that the fraction is kept in all.
+    """
+    fraction, middles = settings.fraction, (_LOG_ODDS[1:] + _LOG_ODDS[:-1]) / 2
+    shares = -np.diff(1 / (1 + np.exp(_LOG_ODDS)))  # of the units, between two ranks: from the end that is precise
+    high = 2 * _LOG_ODDS[-1] / settings.softness + 50
+    low = -high
+    for _ in range(200):  # log t by bisection
+        log_t = (low + high) / 2
+        kept = -np.expm1(-np.exp(np.minimum(middles / settings.softness + log_t, 50.0))) * shares
+        low, high = (log_t, high) if kept.sum() < fraction else (low, log_t)
+    return float(min(1.0, kept[np.cumsum(shares[::-1])[::-1] <= fraction].sum() / fraction))
 
 
 def describe(record: dict) -> str:
@@ -66,15 +77,6 @@ def why(settings: SoftSettings) -> str:
         f"about {best_share(settings):.0%} of the kept are among the best {settings.fraction:.0%}, which gains less on "
         "the guide than to keep the best alone, and loses less on other text"
     )
-
-
-def _draw(log_odds: np.ndarray, settings: SoftSettings, generator: np.random.Generator) -> np.ndarray:
-    keys, softness = np.empty(len(log_odds), dtype=np.float32), settings.softness
-    stretch, spread = max(softness, 1.0), min(softness, 1.0)  # so that neither term overflows or vanishes
-    for part in blocks(len(log_odds)):
-        noise = generator.gumbel(size=part.stop - part.start)
-        keys[part] = log_odds[part].astype(np.float64) / stretch + spread * noise
-    return best(keys, fraction_count(settings, len(log_odds)), generator)
 
 
 POLICY = Policy(
