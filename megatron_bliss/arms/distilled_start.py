@@ -56,5 +56,5 @@ def distillation_warnings(correlation: float) -> list[str]:
     return [
         f"the score model's scores have a rank correlation of {correlation:.3f} with those of the counts on units held "
         f"back, below {NEAR}: it has not learnt what counts say; raise score.distil_iters or "
-        "score.distil_batch_size, or take score.init_from importance, or score.family ngram or both"
+        "score.distil_batch_size, or take score.family ngram or both (importance is learnt sooner than counts)"
     ]

@@ -177,6 +177,15 @@ def _check_guide_sets(config: Config) -> None:
             f"found bilevel.guide_weighting {weighting} with the arm {', '.join(single)}, expected fixed for it: "
             "change bilevel.guide_weighting, or leave out the arm"
         )
+    learning = [ARMS[arm].bilevel_options(config.bilevel) for arm in config.arms if "bilevel" in ARMS[arm].stages]
+    if GUIDE_WEIGHTINGS[weighting].against_control and not any(
+        one.upper_iters and one.guide_weighting == weighting for one in learning
+    ):
+        raise ValueError(
+            f"found bilevel.guide_weighting {weighting} where no arm makes a bilevel step by it, expected fixed: "
+            "nothing would hold the sets; raise bilevel.upper_iters and take an arm such as bliss, or change "
+            "bilevel.guide_weighting"
+        )
 
 
 def _check_model(name: str, model: TargetConfig | ProxyConfig) -> None:

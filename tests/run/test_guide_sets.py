@@ -69,6 +69,12 @@ def test_sets_are_held_against_a_control_that_starts_as_the_proxy_does(corpus: P
             (*MINIMAX, "--bilevel.minimax_slack", ".inf"),
             "found bilevel.minimax_slack inf, expected a finite",
         ),
+        (
+            ("guide",),
+            (*MINIMAX, "--score.family", "ngram", "--score.init_from", "counts", "--bilevel.upper_iters", "0"),
+            "minimax where no arm makes a bilevel step by it",
+        ),
+        (("guide",), (*MINIMAX, "--arms", "random,dsir"), "minimax where no arm makes a bilevel step by it"),
         (("guide",), ("--data.reference_prefix", "held"), "with bilevel.guide_weighting fixed, expected minimax"),
         (("guide",), (*MINIMAX, "--data.reference_prefix", "nowhere"), "found data.reference_prefix 'nowhere'"),
         (("guide",), (*MINIMAX, "--data.reference_prefix", "[guide]"), "data.validation_prefix and data.reference_p"),

@@ -192,8 +192,11 @@ def test_a_selection_is_said_in_words():
     assert (
         soft.startswith("soft (fraction 0.1, softness 1): a random draw by rank") and "loses less on other text" in soft
     )
-    assert 0.5 < float(re.search(r"about (\d+)% of the kept are among the best 10%", soft).group(1)) / 100 < 0.6
+    assert 0.5 < float(re.search(r"about ([\d.]+)% of the kept are among the best 10%", soft).group(1)) / 100 < 0.6
     hard = selection_in_words(SelectionConfig("top_fraction", settings={"fraction": 0.2}))
     assert hard == "top_fraction (fraction 0.2): the best units"
+    whole = selection_in_words(SelectionConfig(settings={"fraction": 1.0}))
+    assert whole == "soft (fraction 1, softness 2): a random draw by rank: the better, the likelier"
+    assert "among the best 0.1%" in selection_in_words(SelectionConfig(settings={"fraction": 0.001}))
     with pytest.raises(ValueError, match=r"selection\.softness"):
         selection_in_words(SelectionConfig(settings={"softness": 0.0}))

@@ -68,14 +68,19 @@ def best_share(settings: SoftSettings) -> float:
 def describe(record: dict) -> str:
     """What the softness comes to."""
     share, softness, fraction = record["best_share"], record["softness"], record["fraction"]
-    return f"soft, softness {softness:g}: about {share:.0%} of the kept are among the best {fraction:.0%}"
+    return (
+        f"soft, softness {softness:g}: about {100 * share:.3g}% of the kept are among the best {100 * fraction:g}%, "
+        "where scores differ"
+    )
 
 
 def why(settings: SoftSettings) -> str:
-    """What it costs and saves."""
+    """What it costs and saves; nothing where all units are kept."""
+    if settings.fraction == 1:
+        return ""
     return (
-        f"about {best_share(settings):.0%} of the kept are among the best {settings.fraction:.0%}, which gains less on "
-        "the guide than to keep the best alone, and loses less on other text"
+        f"about {100 * best_share(settings):.3g}% of the kept are among the best {100 * settings.fraction:g}%, which "
+        "gains less on the guide than to keep the best alone, and loses less on other text"
     )
 
 
