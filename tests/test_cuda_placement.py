@@ -40,7 +40,8 @@ from megatron_bliss.evaluation.request_cache import RequestCache
 from megatron_bliss.evaluation.scoring import score
 from megatron_bliss.evaluation.target_model import TargetBackbone
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
+from megatron_bliss.scorers.models import ModelScorer, Reading
+from megatron_bliss.scorers.scorer import NotFinite, Scorer
 from megatron_bliss.target.checkpoint import load_target_and_optimizer, save_target
 from megatron_bliss.target.loss import evaluate_loss
 from megatron_bliss.target.model import Target, build_target
@@ -170,23 +171,23 @@ def test_the_proxys_warm_up_stays_on_the_device(groups: Groups) -> None:
     assert_same(work, groups)
 
 
-def test_scores_and_what_is_said_of_broken_ones_are_the_same_on_the_device(groups: Groups, tmp_path: Path) -> None:
-    source = RandomUnits(11, 3)
+def test_scores_and_what_is_said_of_broken_ones_are_the_same_on_the_device(groups: Groups) -> None:
+    lengths = np.array([5, 0, 9, 3, 12, 7])
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, lengths.sum()).astype(np.uint16)
 
     def work(groups: Groups):
-        model, folder = score_model(vocab=VOCABULARY, dtype=torch.float32), tmp_path / groups.device.type
-        how = ScorePass(0, 1, groups.device, micro_batch_size=4)
-        model = model.to(groups.device)
-        score_units(model, source, folder, how)
+        model = score_model(vocab=VOCABULARY, dtype=torch.float32)
+        reader = Scorer(ModelScorer(model, Reading(groups.device, batch_tokens=16)), 10, "mean")
+        found = reader.score(tokens, lengths)
         with torch.no_grad():
             model.head.bias.fill_(torch.nan)
-        with pytest.raises(FloatingPointError, match="units.*3"):
-            score_units(model, source, folder / "broken", how)
+        with pytest.raises(NotFinite, match="6 scores"):
+            reader.score(tokens, lengths)
         scores = torch.tensor([0.0, torch.inf, 1.0], device=groups.device)
         ids = torch.tensor([7, 8, 9], device=groups.device)
         with pytest.raises(ValueError, match="unit 8: inf"):
             global_softmax(scores, groups.world_group, unit_ids=ids)
-        return gather_scores(folder, len(source)).tolist()
+        return found.tolist()
 
     assert_same(work, groups)
 

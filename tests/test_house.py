@@ -18,6 +18,7 @@ ROOMS = [
     "target",
     "bilevel",
     "selection",
+    "scorers",
     "arms",
     "evaluation",
     "report",

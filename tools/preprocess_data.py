@@ -15,17 +15,8 @@ import sys
 
 from megatron_bliss.base.command import command
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
-from megatron_bliss.data.ingest.shards import merge_shards
+from megatron_bliss.data.ingest.shards import merge_shards, parse_shard
 from megatron_bliss.data.tokenizers import KINDS
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``i/n`` as two numbers."""
-    try:
-        shard, shards = map(int, text.split("/"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected i/n such as 3/16") from error
-    return shard, shards
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,13 +9,14 @@ from megatron_bliss.models.flops import score_flops
 
 def scores(options: None, inputs: Inputs) -> Scores:
     """One forward pass of the round's score model."""
-    from megatron_bliss.arms.reading import score_by_model
+    from megatron_bliss.arms.reading import score_by_scorer, scorer_of
 
     model, settings = inputs.load_score_model()
     blocks = inputs.folder / settings["model_digest"][:12]  # blocks of another model are not taken for this one's
-    values = score_by_model(model, inputs, blocks, "score")
+    scorer = scorer_of(model, inputs)
+    values = score_by_scorer(scorer, inputs, blocks, "score")
     flops = score_flops(inputs.source.corpus.num_tokens, model.score_architecture, inputs.source.seq_length)
-    return Scores(values, settings, flops)
+    return Scores(values, settings, flops, scorer=scorer)
 
 
 def work(options: None, shard: Shard) -> tuple[int, float]:

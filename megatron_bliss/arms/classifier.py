@@ -36,8 +36,9 @@ class ClassifierConfig:
 def scores(options: ClassifierConfig, inputs: Inputs) -> Scores:
     """Log-odds of being of the guide: the main rank learns them, each rank scores its part of the shard."""
     from megatron_bliss.arms.ngrams import NgramBuckets, ngrams_of
-    from megatron_bliss.arms.reading import score_by
+    from megatron_bliss.arms.reading import score_by_scorer
     from megatron_bliss.base.parallel import broadcast_object, failing_together
+    from megatron_bliss.scorers.ngrams import NgramForm, NgramScorer
     from megatron_bliss.selection.score_pass import save_array
 
     counter = NgramBuckets(options.buckets, options.max_ngram, inputs.eod)
@@ -56,13 +57,13 @@ def scores(options: ClassifierConfig, inputs: Inputs) -> Scores:
             learned = np.load(path, allow_pickle=False)
     learned = broadcast_object(learned, groups)
     weights, (bias, loss) = learned[:-2], learned[-2:]
-
-    def log_odds(ids: np.ndarray) -> np.ndarray:
-        return (features(inputs.source, ids).times(weights) + bias).astype(np.float32)
-
-    values = score_by(log_odds, inputs, inputs.folder / "blocks", "classifier")
+    form = NgramForm(options.max_ngram, inputs.vocab_size, inputs.eod, "mean", float(bias))
+    scorer = NgramScorer(form, weights)
+    values = score_by_scorer(scorer, inputs, inputs.folder / "blocks", "classifier")
     samples = {"guide_samples": len(guide), "shard_units": len(units)}
-    return Scores(values, {"method": "classifier", **asdict(options), **samples, "training_loss": float(loss)})
+    return Scores(
+        values, {"method": "classifier", **asdict(options), **samples, "training_loss": float(loss)}, scorer=scorer
+    )
 
 
 def drawn(options: ClassifierConfig, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -44,8 +44,9 @@ def scores(options: DsirConfig, inputs: Inputs) -> Scores:
     import torch.distributed as dist
 
     from megatron_bliss.arms import ngrams
-    from megatron_bliss.arms.reading import score_by
+    from megatron_bliss.arms.reading import score_by_scorer
     from megatron_bliss.base.parallel import failing_together
+    from megatron_bliss.scorers.ngrams import NgramForm, NgramScorer
 
     groups, source = inputs.groups, inputs.source
     counter = ngrams.NgramBuckets(options.buckets, options.max_ngram, inputs.eod)
@@ -55,15 +56,16 @@ def scores(options: DsirConfig, inputs: Inputs) -> Scores:
     pool = torch.from_numpy(pool).to(groups.device)
     dist.all_reduce(pool, group=groups.world_group)
     log_ratio = ngrams.log_ratios(reference, pool.cpu().numpy(), options.smoothing)
-    measure = ngrams.mean_log_weights if options.per_token else ngrams.log_weights
-    weights = score_by(lambda ids: measure(counter, source, ids, log_ratio), inputs, inputs.folder / "blocks", "dsir")
+    reduce = "mean" if options.per_token else "sum"
+    scorer = NgramScorer(NgramForm(options.max_ngram, inputs.vocab_size, inputs.eod, reduce), log_ratio)
+    weights = score_by_scorer(scorer, inputs, inputs.folder / "blocks", "dsir")
     values = None
     with failing_together(groups):
         if weights is not None:
             noise = np.random.Generator(np.random.PCG64(inputs.seed)).gumbel(size=len(weights))
             values = (weights + noise * options.noise).astype(np.float32)
             values = short_last(values, source.corpus.lengths, options.min_tokens)
-    return Scores(values, {"method": "dsir", **asdict(options)})
+    return Scores(values, {"method": "dsir", **asdict(options)}, scorer=scorer)
 
 
 def short_last(values: np.ndarray, lengths: np.ndarray, min_tokens: int) -> np.ndarray:

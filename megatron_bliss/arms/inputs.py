@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # arms' files are imported to read options, these take second
     from megatron_bliss.models.presets import Architecture
     from megatron_bliss.models.score import ScoreModel
     from megatron_bliss.models.transformer import LanguageModel
+    from megatron_bliss.scorers.scorer import WindowScorer
     from megatron_bliss.target.model import Target
     from megatron_bliss.target.state import Moments
 
@@ -56,7 +57,7 @@ class Inputs:
     load_proxy: Callable[[], tuple[LanguageModel, dict]]
     """The warmed-up proxy in the precision of scoring, and what ``scores.json`` says of it."""
     load_score_model: Callable[[], tuple[ScoreModel, dict]]
-    """The score model of this round's bilevel stage, and what ``scores.json`` says of it."""
+    """The score model of this round's bilevel stage in fp32, and what ``scores.json`` says of it."""
     load_tied_proxy: Callable[[], tuple[LanguageModel, dict]]
     """The proxy of this round's bilevel stage in fp32, where that trains no score model, and its Adam state
     (bilevel/tied.py, ``learned``)."""
@@ -64,14 +65,23 @@ class Inputs:
     """A regressor for units: the warmed-up proxy's trunk with a new linear unit, no activation."""
     train: Callable[[Trainer, int], None]
     """Take a trainer to so many steps, logged and saved on the way as a stage's own training is; collective."""
+    params_dtype: str = "fp32"
+    """Precision of the trunk of a score model that reads the shard."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that tokens of the shard may have: below this."""
+        known = self.source.vocab_size
+        return int(self.source.corpus.tokens.max(initial=0)) + 1 if known is None else known
 
 
 @dataclass(frozen=True)
 class Scores:
     """float32 [units], all finite, higher is better: on the main rank; what made them; model FLOPs of it; what was
-    warned of."""
+    warned of; and what was learned, where it can score any other text."""
 
     values: np.ndarray | None
     settings: dict = field(default_factory=dict)
     flops: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    scorer: WindowScorer | None = field(default=None, compare=False)

@@ -113,7 +113,7 @@ def predict(
     lr: of a probe's step; probed: the model that was probed.
     """
     from megatron_bliss.arms.influence_model import Regression, learn_influences
-    from megatron_bliss.arms.reading import score_by_model
+    from megatron_bliss.arms.reading import score_by_scorer, scorer_of
 
     regression = Regression(
         name,
@@ -124,7 +124,8 @@ def predict(
         HELD_OUT,
     )
     model, correlation = learn_influences(regression, inputs, probes.units, influences)
-    values = score_by_model(model, inputs, inputs.folder / "blocks", name)
+    scorer = scorer_of(model, inputs)
+    values = score_by_scorer(scorer, inputs, inputs.folder / "blocks", name)
     settings = {
         "method": name,
         "probes": len(probes.units),
@@ -148,7 +149,7 @@ def predict(
         reference_tokens=sum(int(batch.lengths.sum()) for batch in probes.reference),
         shard_tokens=inputs.source.corpus.num_tokens,
     )
-    return Scores(values, settings, flops, _warnings(name, correlation, inputs))
+    return Scores(values, settings, flops, _warnings(name, correlation, inputs), scorer)
 
 
 def _warnings(name: str, correlation: float, inputs: Inputs) -> list[str]:

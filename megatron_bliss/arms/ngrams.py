@@ -89,16 +89,3 @@ def ngrams_of(counter: NgramBuckets, source: BatchSource, ids: np.ndarray) -> tu
         rows.append(found + start)
         buckets.append(found_buckets)
     return np.concatenate(rows), np.concatenate(buckets)
-
-
-def log_weights(counter: NgramBuckets, source: UnitDataset, ids: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
-    """float32 [n]: importance log-weights of units."""
-    rows, buckets = counter.of(*_read(source, ids))
-    return np.bincount(rows, weights=log_ratio[buckets], minlength=len(ids)).astype(np.float32)
-
-
-def mean_log_weights(counter: NgramBuckets, source: UnitDataset, ids: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
-    """float32 [n]: importance log-weights of units per n-gram, 0 where they have none."""
-    rows, buckets = counter.of(*_read(source, ids))
-    sums = np.bincount(rows, weights=log_ratio[buckets], minlength=len(ids))
-    return (sums / np.maximum(np.bincount(rows, minlength=len(ids)), 1)).astype(np.float32)

@@ -28,13 +28,16 @@ class ScoreModel(nn.Module):
     activation: str
     score_architecture: ScoreArchitecture
 
-    def raw_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """f [b] of tokens [b, s], of which the first ``lengths`` [b] of each row are real; at least fp32."""
+    def raw_scores(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
+        """f [b] of tokens [b, s], of which the first ``lengths`` [b] of each row are real; at least fp32.
+
+        longest: of the lengths, where it is known, so that no device is asked for it.
+        """
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
         """Scores [b] (eq. 1)."""
-        return ACTIVATIONS[self.activation](self.raw_scores(tokens, lengths))
+        return ACTIVATIONS[self.activation](self.raw_scores(tokens, lengths, longest))
 
 
 class TrunkScoreModel(Trunk, ScoreModel):
@@ -58,12 +61,12 @@ class TrunkScoreModel(Trunk, ScoreModel):
             self.head.weight.copy_(draw.mul_(head_init_std))
             self.head.bias.zero_()
 
-    def raw_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def raw_scores(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
         """f [b].
 
         Mean and linear unit are at least fp32: scores in bf16 would be a few hundred numbers, full of ties.
         """
-        longest = max(int(lengths.max()), 1)
+        longest = max(int(lengths.max()), 1) if longest is None else longest
         hidden_states = self.hidden_states(tokens[:, :longest])
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         real = torch.arange(longest, device=tokens.device) < lengths.unsqueeze(1)
@@ -83,10 +86,10 @@ class NgramTable(nn.Module):
         self.arch, self.eod = arch, eod
         self.table = nn.Parameter(torch.zeros(arch.buckets, 1, dtype=dtype, device=device))  # a matrix: it may decay
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
         """f [b] of tokens [b, s]; the gradient is that of an embedding, which adds up in a fixed order."""
-        longest = max(int(lengths.max()), 1)
-        tokens = tokens[:, :longest]
+        longest = max(int(lengths.max()), 1) if longest is None else longest
+        tokens = tokens[:, :longest].long()  # hashes take 64 bits
         usable = torch.arange(longest, device=tokens.device) < lengths.unsqueeze(1)
         if self.eod is not None:
             usable &= tokens != self.eod
@@ -109,9 +112,9 @@ class NgramScoreModel(ScoreModel):
         self.activation, self.score_architecture = _known(activation), ScoreArchitecture(ngrams=ngrams.arch)
         self.ngrams = ngrams
 
-    def raw_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def raw_scores(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
         """f [b]."""
-        return self.ngrams(tokens, lengths)
+        return self.ngrams(tokens, lengths, longest)
 
 
 class SumScoreModel(TrunkScoreModel):
@@ -121,9 +124,9 @@ class SumScoreModel(TrunkScoreModel):
         super().__init__(lm_trunk, *arguments, **options)
         self.score_architecture, self.ngrams = ScoreArchitecture(lm_trunk, ngrams.arch), ngrams
 
-    def raw_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def raw_scores(self, tokens: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
         """f [b]."""
-        return super().raw_scores(tokens, lengths) + self.ngrams(tokens, lengths)
+        return super().raw_scores(tokens, lengths, longest) + self.ngrams(tokens, lengths, longest)
 
 
 def build_score_model(
@@ -168,6 +171,19 @@ def saved_score_model(state: Mapping, device: torch.device | str = "cpu") -> Sco
 def describe(config: ScoreConfig, eod: int) -> dict:
     """What a score model's file has to say beside its weights and the proxy's architecture."""
     return asdict(config) | {"eod": eod}
+
+
+def score_model_of(
+    parts: ScoreArchitecture, activation: str, eod: int | None, *, device: torch.device | str = "cpu"
+) -> ScoreModel:
+    """A score model by its parts, with weights that are to be loaded."""
+    options = {"dtype": torch.float32, "device": device}
+    ngrams = None if parts.ngrams is None else NgramTable(parts.ngrams, eod, **options)
+    if parts.trunk is None:
+        return NgramScoreModel(ngrams, activation)
+    if ngrams is None:
+        return TrunkScoreModel(parts.trunk, activation, **options)
+    return SumScoreModel(parts.trunk, ngrams, activation, **options)
 
 
 def _known(activation: str) -> str:

@@ -37,6 +37,7 @@ from megatron_bliss.models.transformer import LanguageModel, build_lm
 from megatron_bliss.run.corpora import open_guide, open_upper_level, shard_prefix, shares_by_field
 from megatron_bliss.run.order import round_tokens, selection_of
 from megatron_bliss.run.score_starts import Start, start_score_model
+from megatron_bliss.run.scorers import drift, keep_scorer
 from megatron_bliss.run.session import FINAL_STATE, Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
 from megatron_bliss.selection.score_pass import save_array
@@ -132,14 +133,17 @@ def score_shard(this: Round, folder: Path) -> dict:
     session = this.session
     prefix = shard_prefix(session, this.number)
     source, parts = UnitDataset(prefix, session.config.data.seq_length, session.vocab_size), folder / "parts"
-    scores = ARMS[this.arm].scores(session.config.baselines.get(this.arm), _inputs(this, source, parts))
+    scores, moved = ARMS[this.arm].scores(session.config.baselines.get(this.arm), _inputs(this, source, parts)), None
     with failing_together(session.groups):
         if session.groups.is_main:
             settings = {"corpus_digest": corpus_digest(prefix), **this.labels}
+            if scores.scorer is not None:
+                keep_scorer(this, scores.scorer, folder)
+                moved = drift(this, source, scores.values)
             save_array(folder / "scores.npy", scores.values)
             write_json(folder / "scores.json", settings | scores.settings)
             shutil.rmtree(parts, ignore_errors=True)
-    return {"flops": scores.flops, "warnings": scores.warnings}
+    return {"flops": scores.flops, "warnings": scores.warnings, "drift": moved}
 
 
 def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
@@ -163,6 +167,7 @@ def _inputs(this: Round, source: UnitDataset, parts: Path) -> Inputs:
         folder=parts,
         groups=groups,
         micro_batch_size=config.scoring.micro_batch_size,
+        params_dtype=config.scoring.params_dtype,
         show_progress=session.show_progress,
         description=f"round {this.number}",
         load_target=lambda: load_saved_target(session, checkpoint_path(), params_dtype="fp32"),
@@ -185,14 +190,14 @@ def _warm_proxy(session: Session) -> tuple[LanguageModel, dict]:
 
 
 def _trained_score_model(this: Round) -> tuple[ScoreModel, dict]:
-    """The score model as the round's bilevel stage left it, in the precision of scoring, and what it is."""
+    """The score model as the round's bilevel stage left it, and what it is."""
     config = this.session.config
     folder, _ = this.require("bilevel", "score")
     path, dtype = folder / FINAL_STATE, config.scoring.params_dtype
     model = saved_score_model(checkpoint.load_state(path), this.session.groups.device)
     described = {"model_digest": sha256_file(path), "family": config.score.family}
     described |= {"activation": config.score.activation, "params_dtype": dtype}
-    return model.to(DTYPES[dtype]), described
+    return model, described
 
 
 def _tied_proxy(this: Round) -> tuple[LanguageModel, dict]:

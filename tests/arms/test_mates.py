@@ -315,7 +315,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_scores(folder: Path, alon
     for owner, name, last in (
         (Probe, "influence", 20),  # in the second file of probes
         (influence_model.InfluenceRegression, "step", 4),  # after a state was saved
-        (reading, "score_units", 1),  # when the data influence model is trained
+        (reading, "score_blocks", 1),  # when the data influence model is trained
     ):
         function, calls = getattr(owner, name), 0
         wrapped = functools.partial(mortal, last, function)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bliss.arms.reading import shard_scores
 from megatron_bliss.config.models import ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import UnitDataset
 from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import ScoreModel, build_score_model
+from megatron_bliss.scorers.models import ModelScorer, Reading
 from megatron_bliss.selection import score_pass
-from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_units
+from megatron_bliss.selection.score_pass import ScorePass, gather_scores, score_blocks
 
 SIZES = ModelConfig(architecture="llama", num_layers=1, hidden_size=16, num_attention_heads=2)
 COUNT = 37
@@ -35,9 +37,13 @@ def model() -> ScoreModel:
     return build_score_model(ScoreConfig(head_init_std=1.0), resolve_architecture(SIZES, 50), seed=1)
 
 
-def score(model: ScoreModel, source: UnitDataset, folder: Path, world_size: int, size: int = 5) -> np.ndarray:
+def score(
+    model: ScoreModel, source: UnitDataset, folder: Path, world_size: int, params_dtype: str = "fp32"
+) -> np.ndarray:
+    scorer = ModelScorer(model, Reading(batch_tokens=30, params_dtype=params_dtype))
+    by_ids = shard_scores(scorer, source.corpus, source.seq_length, "bliss")
     for rank in range(world_size):
-        score_units(model, source, folder, ScorePass(rank, world_size, torch.device("cpu"), size))
+        score_blocks(by_ids, len(source), folder, ScorePass(rank, world_size))
     return gather_scores(folder, len(source))
 
 
@@ -49,9 +55,8 @@ def test_one_score_per_unit_for_any_number_of_ranks(model, source, tmp_path: Pat
     assert alone[20] == pytest.approx(model(batch.tokens, batch.lengths).item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["ngram", "both"])
-def test_units_are_scored_by_any_family(family: str, source, tmp_path: Path) -> None:
-    config = ScoreConfig(family=family, activation="identity", ngram_buckets=64)
+def test_units_are_scored_by_a_sum(source, tmp_path: Path) -> None:
+    config = ScoreConfig(family="both", activation="identity", ngram_buckets=64)
     model = build_score_model(config, resolve_architecture(SIZES, 50), seed=1, eod=0)
     with torch.no_grad():
         model.ngrams.table.copy_(torch.randn(64, 1, generator=torch.Generator().manual_seed(1)))
@@ -63,7 +68,7 @@ def test_units_are_scored_by_any_family(family: str, source, tmp_path: Path) -> 
 
 def test_scores_of_a_trunk_in_bf16_rank_alike_and_have_no_ties(model, source, tmp_path: Path) -> None:
     exact = score(model, source, tmp_path / "fp32", 1)
-    low = score(model.to(torch.bfloat16), source, tmp_path / "bf16", 1)
+    low = score(model, source, tmp_path / "bf16", 1, "bf16")
     assert low.dtype == np.float32 and len(set(low.tolist())) == COUNT
     assert 0 < np.abs(low - exact).max() < 0.05
     assert np.corrcoef(low.argsort().argsort(), exact.argsort().argsort())[0, 1] > 0.98

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,15 @@ from megatron_bliss.data.ingest.work_folder import WorkFolder
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest, write_manifest
 
 SAME = ("kind", "unit", "window_length", "tokenizer", "settings", "dtype")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``i/n`` as two numbers: an argument's type."""
+    try:
+        shard, shards = map(int, text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected i/n such as 3/16") from error
+    return shard, shards
 
 
 def shard_prefix(prefix: str, shard: int, shards: int) -> str:

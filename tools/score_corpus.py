@@ -1,0 +1,120 @@
+"""Score a corpus, or raw text, with a scorer that was exported from a run (tools/export_scorer.py).
+
+  score_corpus.py --scorer scorer/ --corpus data/pool --output scored/
+  score_corpus.py --scorer scorer/ --input 'crawl/*.json.gz' --output scored/ --export chosen.jsonl.gz --fraction 0.2
+
+Any number of processes may do it: the same command started several times, on any machines that share the output's file
+system, under torchrun (one process per GPU), or as --shard i/n of an array of jobs. They share the work out among
+themselves, go on after a kill when the command is given again, and come to the same scores.
+
+Output: scores.npy (float32, one per unit) and scores.json; of raw text also provenance.parquet (file, line, url,
+domain, ...), lengths.npy (tokens) and rejected.jsonl. tools/subset_index.py selects from the scores of a corpus;
+--export writes the chosen documents of raw text, with their scores and ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+from megatron_bliss.base.command import command
+from megatron_bliss.data.ingest.shards import parse_shard
+from megatron_bliss.data.manifest import read_manifest
+from megatron_bliss.data.tokenizers import Tokenizer, load_recorded_tokenizer
+from megatron_bliss.scorers.corpus_job import score_corpus
+from megatron_bliss.scorers.folder import ScorerFolder, load_scorer
+from megatron_bliss.scorers.job import Share
+from megatron_bliss.scorers.text_job import TextSettings, score_text
+from megatron_bliss.scorers.windows import LongDocuments
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scorer", required=True, help="folder that tools/export_scorer.py made")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", metavar="PREFIX", help="indexed corpus or subset")
+    source.add_argument("--input", nargs="+", help="raw text: files, folders or globs, as of tools/preprocess_data.py")
+    add("--output", required=True, help="folder of the scores")
+    add("--json-keys", nargs="+", default=["text"], help="raw text: keys that hold the text")
+    add("--max-bad-fraction", type=float, default=0.01, help="raw text: share of lines that may be set aside")
+    add("--long-documents", choices=get_args(LongDocuments), help="in place of what the scorer says")
+    add("--shard", type=parse_shard, help="i/n: score the i-th of n shares only, and do not wait for the others")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one; n-grams never need one)")
+    add("--params-dtype", choices=["fp32", "bf16"], help="of a model's trunk (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--memory-gib", type=float, help="bound of a batch's activations (default: 4 on a GPU, 0.25 on a CPU)")
+    add("--compile", action="store_true", help="fuse a model's element-wise work: half a minute, then faster")
+    add("--threads", type=int, help="threads of a process (default: the cores there are, shared by the node's ranks)")
+    add("--quiet", action="store_true", help="show no progress")
+    return parser.parse_args(arguments)
+
+
+def share_of(options: argparse.Namespace) -> Share:
+    """This process's share: of --shard, else of torchrun's ranks."""
+    if options.shard:
+        number, count = options.shard
+        if not 1 <= number <= count:
+            raise ValueError(f"found --shard {number}/{count}, expected 1/n to n/n")
+        return Share(number - 1, count, alone=True)
+    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def prepared(found: ScorerFolder, options: argparse.Namespace) -> ScorerFolder:
+    """The scorer, set up for this machine."""
+    how = options.long_documents or found.scorer.long_documents
+    found = found.with_long_documents(how)
+    if found.scorer.windows.kind != "model":
+        return found
+    import torch
+
+    from megatron_bliss.scorers.models import ModelScorer, Reading, batch_tokens
+
+    cuda = torch.cuda.is_available()
+    device = torch.device(options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    dtype = options.params_dtype or ("bf16" if on_gpu else "fp32")
+    bound = options.memory_gib or (4.0 if on_gpu else 0.25)
+    model = found.scorer.windows.model
+    reading = Reading(device, batch_tokens(model, dtype, bound), dtype, options.compile)
+    scorer = dataclasses.replace(found.scorer, windows=ModelScorer(model, reading))
+    return dataclasses.replace(found, scorer=scorer)
+
+
+def tokenizer_of(found: ScorerFolder) -> Tokenizer:
+    """The tokenizer in the scorer's folder; ValueError where it is another one."""
+    if found.tokenizer is None:
+        raise ValueError(f"found no tokenizer in {found.path}, expected one: export the scorer again")
+    name = found.tokenizer.get("file")
+    return load_recorded_tokenizer(found.tokenizer, name and Path(found.path) / Path(name).name)
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Score; whether the scores are there now."""
+    found, folder, share = prepared(load_scorer(options.scorer), options), Path(options.output), share_of(options)
+    show = not options.quiet and share.index == 0
+    if options.corpus:
+        read_manifest(options.corpus)
+        return score_corpus(options.corpus, found, folder, share, show=show)
+    settings = TextSettings(options.input, options.json_keys, options.max_bad_fraction)
+    return score_text(settings, found, tokenizer_of(found), folder, share, show=show)
+
+
+@command("score_corpus", (ValueError, OSError))
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = parse_arguments(arguments)
+    done = run(options)
+    print(f"{options.output}: {'scores.npy is there' if done else 'this share is done, others are not yet'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
