@@ -188,6 +188,7 @@ def decontaminate(settings: DecontaminationSettings, *, show_progress: bool = Fa
             "change --ngram"
         )
     options = {name: value for name, value in asdict(settings).items() if name not in ("evaluation", "output")}
+    options |= {name: list(options[name]) for name in ("inputs", "json_keys", "input_keys")}
     options |= {"shortest": settings.least_words}
     record = {"format": 1, "settings": options, "counts": counts, "evaluation": search.evaluation_record()}
     record |= source.record() | search.write_rest(record["evaluation"])

@@ -37,7 +37,7 @@ def run_hashes(numbers: np.ndarray, lengths: Sequence[int]) -> Iterator[tuple[in
     """
     codes = numbers.astype(np.int64).view(np.uint64) * SPREAD + FACTOR
     value = codes
-    for length in range(1, min(lengths[-1], len(numbers)) + 1):
+    for length in range(1, min(max(lengths, default=0), len(numbers)) + 1):
         if length > 1:
             value = value[:-1] * FACTOR
             value += codes[length - 1 :]
@@ -144,7 +144,8 @@ class _Table:
 class SharedNgrams:
     """Finds the n-grams that texts share with evaluation files.
 
-    Memory: that of the :class:`EvaluationText`, and some 40 to 60 bytes an n-gram; for a call its texts' words.
+    Memory: that of the :class:`EvaluationText`, and up to about 150 bytes an n-gram while it is made; for a call the
+    words of its texts.
     """
 
     def __init__(self, evaluation: EvaluationText) -> None:
@@ -159,7 +160,7 @@ class SharedNgrams:
         self._first: np.ndarray = np.zeros(0, dtype=np.int64)  # of each n-gram: where it is first in the stream
         self._length: np.ndarray = np.zeros(0, dtype=np.int64)
         owned = [np.zeros(0, dtype=np.int64)]
-        for length, hashes in run_hashes(self._stream, self.lengths) if self.lengths else ():
+        for length, hashes in run_hashes(self._stream, self.lengths):
             owned.append(self._add_length(length, hashes))
         pairs = np.unique(np.concatenate(owned))
         self._owners = pairs % len(evaluation.files)
