@@ -144,7 +144,7 @@ class _Table:
 class SharedNgrams:
     """Finds the n-grams that texts share with evaluation files.
 
-    Memory: that of the :class:`EvaluationText`, and up to about 150 bytes an n-gram while it is made; for a call the
+    Memory: that of the :class:`EvaluationText`, and about 170 bytes an n-gram while it is made; for a call the
     words of its texts.
     """
 
