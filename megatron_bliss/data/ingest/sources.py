@@ -40,10 +40,13 @@ SUFFIXES = (*JSON_SUFFIXES, *(".txt" + end for end in ("", *COMPRESSION)), ".par
 
 def open_source(path: str, keys: Sequence[str], piece_bytes: int = PIECE_BYTES, block_bytes: int = BLOCK_BYTES):
     """The reader of a file, by its suffix: :class:`LineFileReader` or :class:`ParquetReader`."""
+    return READERS[source_kind(path)](path, keys, piece_bytes, block_bytes)
+
+
+def source_kind(path: str) -> str:
+    """The suffix of a file, without that of its compression: one of the keys of ``READERS``, where it has a reader."""
     stem, suffix = os.path.splitext(path)
-    if suffix in COMPRESSION:
-        suffix = os.path.splitext(stem)[1]
-    return READERS[suffix](path, keys, piece_bytes, block_bytes)
+    return os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
 
 
 def known_pieces(path: str, keys: Sequence[str], piece_bytes: int) -> int | None:
@@ -71,11 +74,11 @@ def read_documents(path: str, keys: Sequence[str]) -> Iterator[Documents]:
     reader.close()
 
 
-def expand_inputs(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+def expand_inputs(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES, option: str = "--input") -> list[str]:
     """Files, folders (their files with a known suffix, recursively) and globs as a list of files.
 
     The order is that of the arguments, sorted within a folder or glob. Raises ValueError for a pattern without a
-    file, a file given twice or an unknown suffix.
+    file, a file given twice or an unknown suffix; it names the ``option`` that gave them.
     """
     suffixes = tuple(suffixes)
     files: list[str] = []
@@ -88,14 +91,16 @@ def expand_inputs(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -
         else:
             found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not found:
-            raise ValueError(f"no input file at {pattern}, expected a file, folder or glob of {', '.join(suffixes)}")
+            raise ValueError(
+                f"no input file at {pattern}, expected a file, folder or glob of {', '.join(suffixes)}: change {option}"
+            )
         files += found
     for path in files:
         if not path.endswith(suffixes):
-            raise ValueError(f"{path} has an unknown suffix, expected one of {', '.join(suffixes)}: change --input")
+            raise ValueError(f"{path} has an unknown suffix, expected one of {', '.join(suffixes)}: change {option}")
     if len({os.path.realpath(path) for path in files}) < len(files):
         repeated = next(path for path in files if files.count(path) > 1 or os.path.islink(path))
-        raise ValueError(f"{repeated} is given more than once, expected each file once: change --input")
+        raise ValueError(f"{repeated} is given more than once, expected each file once: change {option}")
     return files
 
 
