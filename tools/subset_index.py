@@ -23,7 +23,7 @@ from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
-from megatron_bliss.selection.combine import COMBINATIONS, mean_score
+from megatron_bliss.selection.combine import COMBINATIONS, check_combination
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
 
@@ -100,13 +100,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, setting in merged_settings(POLICIES).items():
         add(f"--{name.replace('_', '-')}", **flag(setting))
     near_duplicates = settings_of(SelectionConfig)["near_duplicates"].help
-    add("--near-duplicates", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
-    add(
-        "--combine",
-        choices=[*COMBINATIONS, "mean"],
-        help="several score files: union or intersection of what each selects, or select by their weighted mean",
-    )
-    add("--weights", type=float, nargs="+", help="mean: one weight per score file (each is standardised first)")
+    add("--near-duplicates", "--max-similarity", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
+    ways = "; ".join(f"{name}: {way.help}" for name, way in COMBINATIONS.items())
+    add("--combine", choices=list(COMBINATIONS), help=f"what several score files come to. {ways}")
+    weighted = ", ".join(name for name, way in COMBINATIONS.items() if way.weighted)
+    add("--weights", type=float, nargs="+", help=f"{weighted}: one weight per score file (default: all the same)")
     add("--exclude", nargs="+", default=[], help="files of unit numbers (.npy or text), or prefixes of other subsets")
     add("--compact", action="store_true", help="write the chosen tokens to a .bin of their own, in order")
     add("--seed", type=int, default=0, help="of all that is drawn: units of equal score, and more by some policies")
@@ -123,10 +121,7 @@ def selection_options(options: argparse.Namespace) -> SelectionConfig:
     shares = {name: parse_shares(name, value) for name, value in given.items() if known[name].type == SHARES}
     selection = SelectionConfig(options.policy, near_duplicates=options.near_duplicates, settings=given | shares)
     check_selection(selection)
-    if len(options.scores) > 1 and not options.combine:
-        raise ValueError(f"{len(options.scores)} score files, expected --combine {', '.join([*COMBINATIONS, 'mean'])}")
-    if options.weights and options.combine != "mean":
-        raise ValueError("--weights without --combine mean, expected both or none")
+    check_combination(options.combine, len(options.scores), options.weights)
     return selection
 
 
@@ -136,13 +131,14 @@ def select(options: argparse.Namespace, selection: SelectionConfig) -> tuple[np.
     excluded = [read_excluded(item, prefix) for item in options.exclude]
     excluded = np.unique(np.concatenate(excluded)) if excluded else None
     scores = [read_scores(path, prefix) for path in options.scores]
-    if options.combine == "mean":
-        scores = [mean_score(scores, options.weights)]
+    way = COMBINATIONS.get(options.combine)
+    if way and way.scores:
+        scores = [way.scores(scores, options.weights)]
     chosen = [apply_policy(prefix, one, selection, seed=options.seed, excluded=excluded) for one in scores]
     ids, policy, label = chosen[0]
-    if options.combine in COMBINATIONS:
-        ids = COMBINATIONS[options.combine]([ids for ids, _, _ in chosen], len(scores[0]))
-    if options.combine:
+    if way and way.selections:
+        ids = way.selections([ids for ids, _, _ in chosen], len(scores[0]))
+    if way:
         policy, label = (
             {"combine": options.combine, "parts": [policy for _, policy, _ in chosen]},
             f"{options.combine}-{label}",

@@ -5,6 +5,8 @@ Scores are never sorted as a whole: the time is that of a few passes over them, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from megatron_bliss.data.indexed import blocks
@@ -22,6 +24,18 @@ def finite_scores(scores: np.ndarray) -> np.ndarray:
             "score the shard again"
         )
     return scores
+
+
+def twice_ranks(scores: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Twice the rank of every unit, 0 (worst) to 2 (n - 1), in blocks of int64; equal scores share the mean of theirs.
+
+    Memory: a sorted copy of the finite float[n] scores.
+    """
+    ordered = np.sort(scores)
+    for part in blocks(len(scores)):
+        below = np.searchsorted(ordered, scores[part], side="left")
+        not_above = np.searchsorted(ordered, scores[part], side="right")
+        yield part, below + not_above - 1
 
 
 def best(keys: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -85,6 +85,8 @@ def test_of_near_duplicates_the_best_is_kept(tmp_path, capsys):
     assert "left out: 6 near-duplicates of units with a better score" in output
     (policy,) = read_manifest(subset)["policy"]["parts"]
     assert policy["near_duplicates"] == 0.8 and policy["fraction"] == 0.4
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--max-similarity", "0.8", "--combine", "union") == 0
+    assert capsys.readouterr().out == output
     assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "1.5") == 1
     assert "found selection.near_duplicates 1.5, expected 0 to 1" in capsys.readouterr().err
 
@@ -102,6 +104,17 @@ def test_score_files_are_combined_and_excluded_units_left_out(scored, tmp_path, 
     np.testing.assert_array_equal(ids, [22, 25, 28])
     ids, _ = kept_units(prefix, first, capsys, *both, "--combine", "mean", "--weights", "0.1", "0.9")
     np.testing.assert_array_equal(ids, range(20, 30))
+    for way, expected in (("ranks", [20]), ("product", [20]), ("minimum", [20])):
+        scores = [np.eye(30)[20] + np.eye(30)[3] * 0.9, np.arange(30) - 30 * np.eye(30)[3]]
+        for path, one in zip((first, second), scores, strict=True):
+            np.save(path, one.astype(np.float32))
+        ids, manifest = kept_units(prefix, first, capsys, *both[:-1], "0.03", "--combine", way)
+        np.testing.assert_array_equal(ids, expected)
+        assert manifest["policy"]["combine"] == way and "weights" not in manifest["policy"]
+    weights = ["--combine", "ranks", "--weights", "1", "0"]
+    ids, manifest = kept_units(prefix, first, capsys, *both[:-1], "0.067", *weights)
+    assert ids.tolist() == [3, 20] and manifest["policy"]["weights"] == [1, 0]
+    np.save(first, (np.arange(30) % 3 == 1).astype(np.float32))
     (tmp_path / "seen.txt").write_text("1\n4\n")
     subset = write_subset(prefix, [25, 28], tmp_path, label="seen")
     ids, manifest = kept_units(
