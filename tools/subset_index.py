@@ -25,6 +25,7 @@ from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_mani
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.selection.combine import COMBINATIONS, check_combination
 from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.score_files import load_npy
 from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
 
 SHARES = dict[str, float]
@@ -41,13 +42,12 @@ def read_scores(path: str, prefix: str) -> np.ndarray:
             f"{record_path} is for a corpus with digest {str(record.get('corpus_digest'))[:12]}, but {prefix} has "
             f"{digest[:12]}: score this corpus, or give the one that was scored"
         )
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a usable .npy file ({error}); score the corpus again") from error
-    if scores.shape != (len(IndexedCorpus(prefix)),):
-        raise ValueError(f"{path} has shape {list(scores.shape)}, expected one score for each unit of {prefix}")
-    return scores
+    scores = load_npy(path)
+    if scores.shape != (len(IndexedCorpus(prefix)),) or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{path} has shape {list(scores.shape)} of {scores.dtype}, expected one number for each unit of {prefix}"
+        )
+    return np.array(scores)
 
 
 def read_excluded(item: str, prefix: str) -> np.ndarray:

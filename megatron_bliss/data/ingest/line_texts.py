@@ -93,9 +93,7 @@ class _Rows:
         except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise LostText(
-                f"found a damaged parquet file {path} ({error}), expected one to read: put it back"
-            ) from error
+            raise LostText(f"found {path} ({error}), expected a parquet file: put it back") from error
         missing = [key for key in keys if key not in self._file.schema_arrow.names]
         if missing:
             names = ", ".join(self._file.schema_arrow.names)

@@ -16,8 +16,20 @@ from megatron_bliss.data.ingest.line_texts import LostText, line_texts
 from megatron_bliss.data.ingest.sources import READERS, open_source
 from tests.data.ingest.source_files import COMPRESS, FORMATS, write_source
 
-HOSTILE = [b"\xef\xbb\xbf{\"text\": \"first\"}", b"", b"{broken", b"  \t", b'{"text": "a\\nb"}', b'{"text": ""}', b"[1]",
-           b'{"text": 3}', b'{"no": "text"}', b"\xff\xfe", b'{"text": "\xc3\xbc\\u00fc"}\r', b'{"text": "last"}']  # fmt: skip
+HOSTILE = [
+    b'\xef\xbb\xbf{"text": "first"}',
+    b"",
+    b"{broken",
+    b"  \t",
+    b'{"text": "a\\nb"}',
+    b'{"text": ""}',
+    b"[1]",
+    b'{"text": 3}',
+    b'{"no": "text"}',
+    b"\xff\xfe",
+    b'{"text": "\xc3\xbc\\u00fc"}\r',
+    b'{"text": "last"}',
+]
 
 
 def documents_of(path: str, keys: list[str], **sizes: int) -> dict[int, str]:
@@ -122,7 +134,7 @@ def test_damaged_files_and_other_kinds(tmp_path):
         with pytest.raises(LostText, match="damaged .* file, the rest cannot be read"):
             list(line_texts(str(path), ["text"], [1, 4000]))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 junk PAR1")
-    with pytest.raises(LostText, match="found a damaged parquet file"):
+    with pytest.raises(LostText, match="expected a parquet file: put it back"):
         list(line_texts(str(tmp_path / "a.parquet"), ["text"], [1]))
     with pytest.raises(ValueError, match="a.csv, expected a file of .jsonl, .json, .txt, .parquet"):
         list(line_texts(str(tmp_path / "a.csv"), ["text"], [1]))
