@@ -11,6 +11,9 @@ import numpy as np
 
 from megatron_bliss.data.indexed import blocks
 
+RANK_BLOCK = 1 << 20
+"""Units whose ranks are looked up at once."""
+
 
 def finite_scores(scores: np.ndarray) -> np.ndarray:
     """float[n], one finite number per unit; ValueError for anything else."""
@@ -32,10 +35,13 @@ def twice_ranks(scores: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     Memory: a sorted copy of the finite float[n] scores.
     """
     ordered = np.sort(scores)
-    for part in blocks(len(scores)):
-        below = np.searchsorted(ordered, scores[part], side="left")
-        not_above = np.searchsorted(ordered, scores[part], side="right")
-        yield part, below + not_above - 1
+    for part in blocks(len(scores), RANK_BLOCK):
+        order = np.argsort(scores[part])  # what is looked up in order is found several times faster
+        wanted = scores[part][order]
+        twice = np.empty(len(order), dtype=np.int64)
+        below = np.searchsorted(ordered, wanted, side="left")
+        twice[order] = below + np.searchsorted(ordered, wanted, side="right") - 1
+        yield part, twice
 
 
 def best(keys: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -97,9 +97,7 @@ def test_every_policy_applies_to_text_without_an_index(scored_text):
             assert excluded is None or not np.isin(ids, excluded).any()
             assert name != "token_budget" or lengths[ids].sum() <= 50
             assert not own_shares or (ids % 3 == 1).mean() >= 0.45
-    with pytest.raises(
-        ValueError, match=r"found selection.near_duplicates for .*S, which is text without an index"
-    ):
+    with pytest.raises(ValueError, match=r"found selection.near_duplicates for .*S, which is text without an index"):
         apply_to_units(found, scores, dataclasses.replace(selecting(), near_duplicates=0.8), seed=0)
     with pytest.raises(ValueError, match="no unit of .*S has a label"):
         apply_to_units(found, scores, selecting("proportional", fraction=0.5, domain_field="label"), seed=0)
