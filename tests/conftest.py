@@ -36,3 +36,20 @@ def options(prefix: str) -> list[str]:
     data = [f"--data.{name}={prefix}" for name in ("train_prefix", "validation_prefix")]
     models = ["--target.preset=pythia-14m", "--proxy.preset=pythia-14m"]
     return ["--run_folder=run", *data, f"--data.test_prefixes=[{prefix}]", *models]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory) -> dict[str, str | None]:
+    """Paths of a small tokenizer of each kind, trained once."""
+    from tests.data.corpora import documents, write_lines
+    from tools import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    source = write_lines(folder / "text.jsonl", documents(60))
+    files = {"huggingface": str(folder / "bpe.json"), "sentencepiece": str(folder / "sp.model"), "bytes": None}
+    for kind, vocab_size in (("huggingface", 400), ("sentencepiece", 330)):
+        status = train_tokenizer.main(
+            ["--input", source, "--output", files[kind], "--tokenizer-type", kind, "--vocab-size", str(vocab_size)]
+        )
+        assert status == 0
+    return files

@@ -1,7 +1,7 @@
 """Write a subset of a corpus from scores: a new index over the same tokens, for stock Megatron-LM and for this package.
 
 scores.npy holds one number per unit; scores.json beside it says which corpus they belong to. Several score files can be
-combined, and units of an exclude list or of another subset be kept out.
+combined, and units of an exclude list or of another subset be kept out. --export also writes the chosen units as text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -23,8 +25,10 @@ from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
-from megatron_bliss.selection.combine import COMBINATIONS, mean_score
+from megatron_bliss.selection.combine import COMBINATIONS, check_combination, mean_score
+from megatron_bliss.selection.export import TEXTS, Exported, check_export, export_units, plan_text
 from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.score_files import load_npy
 from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
 
 SHARES = dict[str, float]
@@ -41,13 +45,12 @@ def read_scores(path: str, prefix: str) -> np.ndarray:
             f"{record_path} is for a corpus with digest {str(record.get('corpus_digest'))[:12]}, but {prefix} has "
             f"{digest[:12]}: score this corpus, or give the one that was scored"
         )
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a usable .npy file ({error}); score the corpus again") from error
-    if scores.shape != (len(IndexedCorpus(prefix)),):
-        raise ValueError(f"{path} has shape {list(scores.shape)}, expected one score for each unit of {prefix}")
-    return scores
+    scores = load_npy(path)
+    if scores.shape != (len(IndexedCorpus(prefix)),) or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{path} has shape {list(scores.shape)} of {scores.dtype}, expected one number for each unit of {prefix}"
+        )
+    return np.array(scores)
 
 
 def read_excluded(item: str, prefix: str) -> np.ndarray:
@@ -100,15 +103,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, setting in merged_settings(POLICIES).items():
         add(f"--{name.replace('_', '-')}", **flag(setting))
     near_duplicates = settings_of(SelectionConfig)["near_duplicates"].help
-    add("--near-duplicates", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
-    add(
-        "--combine",
-        choices=[*COMBINATIONS, "mean"],
-        help="several score files: union or intersection of what each selects, or select by their weighted mean",
-    )
-    add("--weights", type=float, nargs="+", help="mean: one weight per score file (each is standardised first)")
+    add("--near-duplicates", "--max-similarity", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
+    ways = "; ".join(f"{name}: {way.help}" for name, way in COMBINATIONS.items())
+    add("--combine", choices=list(COMBINATIONS), help=f"what several score files come to. {ways}")
+    weighted = ", ".join(name for name, way in COMBINATIONS.items() if way.weighted)
+    add("--weights", type=float, nargs="+", help=f"{weighted}: one weight per score file (default: all the same)")
     add("--exclude", nargs="+", default=[], help="files of unit numbers (.npy or text), or prefixes of other subsets")
     add("--compact", action="store_true", help="write the chosen tokens to a .bin of their own, in order")
+    add(
+        "--export",
+        metavar="FILE",
+        help="write the chosen units also as rows with text, source, score and rank: .jsonl, .jsonl.gz, .jsonl.zst or "
+        ".parquet",
+    )
+    add(
+        "--export-text",
+        choices=TEXTS,
+        default="auto",
+        help="text of these rows. source: of the source files; tokens: decoded; none: no text; auto: of the source "
+        "files where units are documents and the files are as they were, else decoded",
+    )
+    add("--tokenizer-model", help="export: tokenizer file that decodes tokens, if it is not where the manifest says")
     add("--seed", type=int, default=0, help="of all that is drawn: units of equal score, and more by some policies")
     return parser.parse_args(arguments)
 
@@ -123,26 +138,36 @@ def selection_options(options: argparse.Namespace) -> SelectionConfig:
     shares = {name: parse_shares(name, value) for name, value in given.items() if known[name].type == SHARES}
     selection = SelectionConfig(options.policy, near_duplicates=options.near_duplicates, settings=given | shares)
     check_selection(selection)
-    if len(options.scores) > 1 and not options.combine:
-        raise ValueError(f"{len(options.scores)} score files, expected --combine {', '.join([*COMBINATIONS, 'mean'])}")
-    if options.weights and options.combine != "mean":
-        raise ValueError("--weights without --combine mean, expected both or none")
+    check_combination(options.combine, len(options.scores), options.weights)
     return selection
 
 
-def select(options: argparse.Namespace, selection: SelectionConfig) -> tuple[np.ndarray, dict, str]:
-    """The units that all score files together select, the policy for the manifest, and the label."""
+class Selected(NamedTuple):
+    """What all score files together select."""
+
+    ids: np.ndarray
+    """int64[k], increasing."""
+    policy: dict
+    """For the manifest."""
+    label: str
+    scores: Callable[[], np.ndarray]
+    """float[n]: one score per unit of all, for rows that are exported."""
+
+
+def select(options: argparse.Namespace, selection: SelectionConfig) -> Selected:
+    """Apply the policy to every score file, or to the score that they come to together."""
     prefix = options.input_prefix
     excluded = [read_excluded(item, prefix) for item in options.exclude]
     excluded = np.unique(np.concatenate(excluded)) if excluded else None
     scores = [read_scores(path, prefix) for path in options.scores]
-    if options.combine == "mean":
-        scores = [mean_score(scores, options.weights)]
+    way = COMBINATIONS.get(options.combine)
+    if way and way.scores:
+        scores = [way.scores(scores, options.weights)]
     chosen = [apply_policy(prefix, one, selection, seed=options.seed, excluded=excluded) for one in scores]
     ids, policy, label = chosen[0]
-    if options.combine in COMBINATIONS:
-        ids = COMBINATIONS[options.combine]([ids for ids, _, _ in chosen], len(scores[0]))
-    if options.combine:
+    if way and way.selections:
+        ids = way.selections([ids for ids, _, _ in chosen], len(scores[0]))
+    if way:
         policy, label = (
             {"combine": options.combine, "parts": [policy for _, policy, _ in chosen]},
             f"{options.combine}-{label}",
@@ -150,25 +175,37 @@ def select(options: argparse.Namespace, selection: SelectionConfig) -> tuple[np.
         policy |= {"weights": options.weights} if options.weights else {}
     if excluded is not None:
         policy |= {"excluded": len(excluded)}
-    return ids, policy, label
+    return Selected(ids, policy, label, lambda: mean_score(scores) if way and way.selections else scores[0])
 
 
-def run(options: argparse.Namespace) -> str:
-    """Make the subset; returns its prefix."""
-    ids, policy, label = select(options, selection_options(options))
+def run(options: argparse.Namespace) -> tuple[str, Exported | None]:
+    """Make the subset, and the export if there is one; returns the subset's prefix and what was exported."""
+    selection = selection_options(options)
+    if options.export:
+        check_export(options.export, options.input_prefix)
+    found = select(options, selection)
+    if options.export and len(found.ids):  # what cannot be exported is told before anything is written
+        plan_text(options.input_prefix, found.ids, options.export_text, tokenizer_model=options.tokenizer_model)
     extra = {
         "scores": [{"file": os.path.basename(path), "sha256": sha256_file(path)} for path in options.scores],
         "excluded": options.exclude,
     }
-    return write_subset(
+    prefix = write_subset(
         options.input_prefix,
-        ids,
+        found.ids,
         options.output_folder,
-        label=label,
-        policy=policy,
+        label=found.label,
+        policy=found.policy,
         extra=extra,
         compact=options.compact,
     )
+    return prefix, export(options, found) if options.export else None
+
+
+def export(options: argparse.Namespace, found: Selected) -> Exported:
+    """Write the chosen units as rows."""
+    how = {"text": options.export_text, "tokenizer_model": options.tokenizer_model}
+    return export_units(options.input_prefix, found.ids, found.scores(), options.export, **how)
 
 
 def print_shares(parent: str, subset: str, field: str) -> None:
@@ -183,13 +220,15 @@ def print_shares(parent: str, subset: str, field: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    prefix = run(options)
+    prefix, exported = run(options)
     manifest = read_manifest(prefix)
     counts = manifest["counts"]
     print(f"{os.path.normpath(prefix)}: {counts['units']:,} units, {counts['tokens']:,} tokens")
     for line in selection_lines(manifest["policy"]):
         print(line)
     print_shares(options.input_prefix, prefix, options.domain_field or "domain")
+    if exported:
+        print(f"{exported.path}: {exported.rows:,} rows, {exported.why}")
     return 0
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from megatron_bliss.data.ingest.documents import numbered_lines
 from megatron_bliss.data.ingest.lines import UTF8_MARK
 from megatron_bliss.data.ingest.parquet import DAMAGE
-from megatron_bliss.data.ingest.sources import source_kind
+from megatron_bliss.data.ingest.sources import file_kind
 from megatron_bliss.data.ingest.streams import ByteStream, DamagedSource
 
 ROWS_AT_ONCE = 1024
@@ -24,7 +24,7 @@ def read_records(path: str, keys: Collection[str] = ()) -> Iterator[tuple[int, l
     of a table; ``line`` is its number from 1. keys: only strings under one of these names, at any depth; none: all.
     Raises ValueError for a file that cannot be read to its end. Memory: the file.
     """
-    kind = source_kind(path)
+    kind = file_kind(path)
     if kind == ".parquet":
         records = _rows(path)
     elif kind == ".txt":

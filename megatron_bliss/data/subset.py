@@ -120,12 +120,18 @@ def root_prefix(prefix: str | os.PathLike) -> str:
     return os.path.normpath(Path(os.path.realpath(Path(prefix).parent)) / manifest["root"]["prefix"])
 
 
-def root_units(prefix: str | os.PathLike) -> np.ndarray:
-    """For every unit of a corpus or subset its number in the root corpus: int64[n], increasing."""
+def root_units(prefix: str | os.PathLike, ids: np.ndarray | None = None) -> np.ndarray:
+    """For every unit of a corpus or subset (ids: for these) its number in the root corpus: int64[n], increasing."""
     manifest = read_manifest(prefix)
     units = manifest["counts"]["units"]
     if manifest["kind"] != "subset":
-        return np.arange(units, dtype=np.int64)
+        return np.arange(units, dtype=np.int64) if ids is None else np.array(ids, dtype=np.int64)
+    found = _units_file(prefix, units)
+    return found if ids is None else found[np.asarray(ids, dtype=np.int64)]
+
+
+def _units_file(prefix: str | os.PathLike, units: int) -> np.ndarray:
+    """``Y.units.npy``, mapped."""
     path = f"{prefix}.units.npy"
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist, so it is not known which units these are: make the subset again")

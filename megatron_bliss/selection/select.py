@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,31 +11,11 @@ import numpy as np
 from megatron_bliss.config.bounds import check_bounds
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import merged_settings, pick
-from megatron_bliss.data.indexed import IndexedCorpus
-from megatron_bliss.data.provenance import provenance_codes
 from megatron_bliss.selection.fraction import as_many_of
 from megatron_bliss.selection.near_duplicates import without_near_duplicates
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.policy import Domains
-
-
-class Units:
-    """What policies ask about the units of a corpus, read when it is asked for; ``kept``: only these units."""
-
-    def __init__(self, prefix: str | os.PathLike, domain_field: str | None, kept: np.ndarray | None = None) -> None:
-        self._prefix, self._domain_field, self._kept = prefix, domain_field, kept
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32[n] tokens."""
-        lengths = IndexedCorpus(self._prefix).lengths
-        return lengths.copy() if self._kept is None else lengths[self._kept]
-
-    @cached_property
-    def domains(self) -> Domains:
-        """By the provenance's column ``domain_field``."""
-        codes, names = provenance_codes(self._prefix, self._domain_field)
-        return Domains(codes if self._kept is None else codes[self._kept], names)
+from megatron_bliss.selection.units import CorpusUnits, Units
 
 
 def in_round(selection: SelectionConfig, number: int) -> SelectionConfig:
@@ -74,15 +53,29 @@ def apply_policy(
     excluded: np.ndarray | None = None,
     round_tokens: int | None = None,
 ) -> tuple[np.ndarray, dict, str]:
-    """Units of a scored corpus that the policy keeps: (ids int64[k] increasing, policy for the manifest, label).
+    """:func:`apply_to_units` of a scored corpus or subset."""
+    units = CorpusUnits(prefix)
+    return apply_to_units(units, scores, selection, seed=seed, excluded=excluded, round_tokens=round_tokens)
+
+
+def apply_to_units(
+    units: Units,
+    scores: np.ndarray,
+    selection: SelectionConfig,
+    *,
+    seed: int,
+    excluded: np.ndarray | None = None,
+    round_tokens: int | None = None,
+) -> tuple[np.ndarray, dict, str]:
+    """Units that the policy keeps: (ids int64[k] increasing, policy for the manifest, label).
 
     scores: float[n], one per unit. excluded: unit numbers that are taken out first; a fraction is then one of the rest.
     round_tokens: those that the target trains on in one round, in a run. The policy's record for the manifest has its
     settings, the seed and the lowest score kept. Near-duplicates of better units are taken out before the policy sees
     the scores, so that it need not know of them, but a fraction stays one of all units. Raises ValueError when nothing
-    is kept.
+    is kept, and for near-duplicates of units without tokens.
     """
-    remaining = None if excluded is None else _without(excluded, len(scores), prefix)
+    remaining = None if excluded is None else _without(excluded, len(scores), units.name)
     if remaining is not None:
         scores = scores[remaining]
     policy, settings = POLICIES[selection.policy], chosen_settings(selection, round_tokens)
@@ -90,20 +83,31 @@ def apply_policy(
     if selection.near_duplicates:
         before = len(scores)
         ids = np.arange(before) if remaining is None else remaining
-        stays = without_near_duplicates(IndexedCorpus(prefix), ids, scores, selection.near_duplicates, seed=seed)
+        stays = without_near_duplicates(units.corpus(), ids, scores, selection.near_duplicates, seed=seed)
         remaining, scores = ids[stays], scores[stays]
         applied = as_many_of(settings, before, len(scores))
         found = {"near_duplicates": selection.near_duplicates, "near_duplicates_left_out": before - len(scores)}
-    units = Units(prefix, domain_field(selection), remaining)
-    ids = policy.keep(scores, applied, seed=seed, **{need: getattr(units, need) for need in policy.needs})
+    ids = policy.keep(scores, applied, seed=seed, **_needs(units, selection, remaining))
     if not len(ids):
         raise ValueError(
-            f"policy {selection.policy} keeps no unit of {prefix}, whose scores go from {scores.min():g} to "
+            f"policy {selection.policy} keeps no unit of {units.name}, whose scores go from {scores.min():g} to "
             f"{scores.max():g}, expected at least one: {_to_keep_more(selection)}"
         )
     lowest = {policy.lowest_score_as: float(scores[ids].min())}
     record = {"name": selection.policy, **asdict(settings), "seed": seed, **lowest, **policy.measure(scores, settings)}
     return (ids if remaining is None else remaining[ids]), record | found, policy.label(settings).replace(".", "p")
+
+
+def _needs(units: Units, selection: SelectionConfig, kept: np.ndarray | None) -> dict[str, Any]:
+    """What the policy must know of the units beside their scores; kept: of these units only (None: of all)."""
+    needs, found = POLICIES[selection.policy].needs, {}
+    if "lengths" in needs:
+        lengths = units.lengths()
+        found["lengths"] = lengths if kept is None else lengths[kept]
+    if "domains" in needs:
+        numbers, names = units.domains(domain_field(selection))
+        found["domains"] = Domains(numbers if kept is None else numbers[kept], names)
+    return found
 
 
 def selection_lines(record: dict) -> list[str]:

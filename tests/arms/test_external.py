@@ -104,7 +104,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str, str]]:
         "length": (file_of(folder / "short.npy", zeros[1:]), "", r"found float64\[11\] in .*, expected 12 numbers"),
         "shape": (file_of(folder / "square.npy", square), "", r"found float64\[12, 1\] in .*, expected 12 numbers"),
         "infinite": (file_of(folder / "inf.npy", zeros + 1e300), "", r"12 of 12 scores in .* \(unit 0 is the first\)"),
-        "words": (good["parquet"], "url", r"found object\[12\] in .*, expected 12 numbers"),
+        "words": (good["parquet"], "url", r"found string\[12\] in .*, expected 12 numbers"),
         "column": (good["csv"], "score", "external.column 'score', expected one of url, quality"),
         "no column": (good["parquet"], "", "external.column '', expected one of url, quality"),
         "column of an array": (good["npy"], "quality", "column 'quality', expected none"),

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import settings_of
+from megatron_bliss.selection.combine import COMBINATIONS
 from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.policies.soft import best_share, log_odds_of_ranks
 from megatron_bliss.selection.policy import Domains
@@ -253,10 +254,11 @@ def test_floors_draw_among_equal_scores_by_seed():
     assert len(draws) == 12  # every pair but the three within b
 
 
-def test_the_readme_lists_every_policy():
+@pytest.mark.parametrize("title, names", [("policy", POLICIES), ("`--combine`", COMBINATIONS)])
+def test_the_readme_lists_every_policy_and_combination(title, names):
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = re.search(r"^## Selection policies$(.*?)^## ", text, re.DOTALL | re.MULTILINE).group(1)
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(POLICIES)
+    table = re.search(rf"^\| {title} \| keeps \|.*?\n\n", text, re.DOTALL | re.MULTILINE).group()
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(names)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

@@ -16,8 +16,10 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.selection.policies import POLICIES
+from megatron_bliss.selection.scored_text import ScoredText
 from megatron_bliss.selection.select import (
     apply_policy,
+    apply_to_units,
     check_schedule,
     check_selection,
     in_round,
@@ -27,6 +29,7 @@ from megatron_bliss.selection.select import (
 )
 from tests.data.corpora import documents, write_lines
 from tests.runs import run, write_texts
+from tests.selection.scored_texts import source, write_scored_text
 
 
 @pytest.fixture
@@ -70,6 +73,56 @@ def test_a_subset_knows_the_domains_and_lengths_of_its_units(pool, tmp_path):
         apply_policy(shard, scores, selection, seed=0, excluded=np.arange(30))
     with pytest.raises(ValueError, match="excluded units 30 to 30, but .* has 0 to 29"):
         apply_policy(shard, scores, selection, seed=0, excluded=np.array([30]))
+
+
+@pytest.fixture
+def scored_text(tmp_path):
+    """The folder of 60 scored documents that have no index."""
+    texts = [f"text {number}" + " word" * (number % 7) for number in range(60)]
+    scores = np.random.default_rng(0).random(60).astype(np.float32)
+    write_scored_text(tmp_path / "S", [source(tmp_path / "a.jsonl", texts, 0)], scores)
+    return tmp_path / "S"
+
+
+def test_every_policy_applies_to_text_without_an_index(scored_text):
+    found = ScoredText(scored_text)
+    scores, lengths = np.array(found.scores), np.array([2 + number % 7 for number in range(60)])
+    np.testing.assert_array_equal(found.lengths(), lengths)
+    for name in POLICIES:
+        own_shares = {name: {"letter": 0.5}} if name in ("quotas", "floors") else {}
+        selection = selecting(name, fraction=0.25, threshold=0.7, tokens=50, **own_shares)
+        for excluded in (None, np.arange(0, 60, 4)):
+            ids, policy, _ = apply_to_units(found, scores, selection, seed=5, excluded=excluded)
+            assert (np.diff(ids) > 0).all() and 0 < len(ids) < 60 and policy["name"] == name
+            assert excluded is None or not np.isin(ids, excluded).any()
+            assert name != "token_budget" or lengths[ids].sum() <= 50
+            assert not own_shares or (ids % 3 == 1).mean() >= 0.45
+    with pytest.raises(ValueError, match=r"found selection.near_duplicates for .*S, which is text without an index"):
+        apply_to_units(found, scores, dataclasses.replace(selecting(), near_duplicates=0.8), seed=0)
+    with pytest.raises(ValueError, match="no unit of .*S has a label"):
+        apply_to_units(found, scores, selecting("proportional", fraction=0.5, domain_field="label"), seed=0)
+    with pytest.raises(ValueError, match="has no column 'colour'"):
+        apply_to_units(found, scores, selecting("proportional", fraction=0.5, domain_field="colour"), seed=0)
+    with pytest.raises(ValueError, match="excluded units 60 to 60, but .*S has 0 to 59"):
+        apply_to_units(found, scores, selecting(), seed=0, excluded=np.array([60]))
+
+
+def test_folders_that_are_no_scored_text(scored_text, tmp_path):
+    for name, values, message in (
+        ("scores.npy", np.zeros(59, np.float32), "found 59 scores, 60 lengths, 60 rows of provenance in"),
+        ("scores.npy", np.zeros((60, 1)), r"found float64\[60, 1\] in .*, expected scores, one per document"),
+        ("lengths.npy", np.zeros(60), r"found float64\[60\] in .*, expected numbers of tokens, one per document"),
+        ("lengths.npy", np.array([None]), "expected a .npy file of numbers"),
+    ):
+        folder = shutil.copytree(scored_text, tmp_path / "T", dirs_exist_ok=True)
+        np.save(folder / name, values, allow_pickle=True)
+        with pytest.raises(ValueError, match=message):
+            ScoredText(folder)
+    for name in ("scores.npy", "lengths.npy", "provenance.parquet"):
+        folder = shutil.copytree(scored_text, tmp_path / "T", dirs_exist_ok=True)
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=f"found no {name} in .*T, expected a folder of scored text"):
+            ScoredText(folder)
 
 
 @pytest.mark.parametrize(

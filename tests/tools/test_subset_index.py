@@ -12,7 +12,8 @@ from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import root_units, write_subset
-from tests.data.corpora import SENTENCES, write_corpus, write_lines
+from megatron_bliss.selection.combine import mean_rank, mean_score, rank_product
+from tests.data.corpora import SENTENCES, documents, write_corpus, write_lines
 from tools import inspect_index, subset_index
 
 
@@ -85,6 +86,8 @@ def test_of_near_duplicates_the_best_is_kept(tmp_path, capsys):
     assert "left out: 6 near-duplicates of units with a better score" in output
     (policy,) = read_manifest(subset)["policy"]["parts"]
     assert policy["near_duplicates"] == 0.8 and policy["fraction"] == 0.4
+    assert make_subset(prefix, scores, "--fraction", "0.4", "--max-similarity", "0.8", "--combine", "union") == 0
+    assert capsys.readouterr().out == output
     assert make_subset(prefix, scores, "--fraction", "0.4", "--near-duplicates", "1.5") == 1
     assert "found selection.near_duplicates 1.5, expected 0 to 1" in capsys.readouterr().err
 
@@ -102,6 +105,17 @@ def test_score_files_are_combined_and_excluded_units_left_out(scored, tmp_path, 
     np.testing.assert_array_equal(ids, [22, 25, 28])
     ids, _ = kept_units(prefix, first, capsys, *both, "--combine", "mean", "--weights", "0.1", "0.9")
     np.testing.assert_array_equal(ids, range(20, 30))
+    for way, expected in (("ranks", [20]), ("product", [20]), ("minimum", [20])):
+        scores = [np.eye(30)[20] + np.eye(30)[3] * 0.9, np.arange(30) - 30 * np.eye(30)[3]]
+        for path, one in zip((first, second), scores, strict=True):
+            np.save(path, one.astype(np.float32))
+        ids, manifest = kept_units(prefix, first, capsys, *both[:-1], "0.03", "--combine", way)
+        np.testing.assert_array_equal(ids, expected)
+        assert manifest["policy"]["combine"] == way and "weights" not in manifest["policy"]
+    weights = ["--combine", "ranks", "--weights", "1", "0"]
+    ids, manifest = kept_units(prefix, first, capsys, *both[:-1], "0.067", *weights)
+    assert ids.tolist() == [3, 20] and manifest["policy"]["weights"] == [1, 0]
+    np.save(first, (np.arange(30) % 3 == 1).astype(np.float32))
     (tmp_path / "seen.txt").write_text("1\n4\n")
     subset = write_subset(prefix, [25, 28], tmp_path, label="seen")
     ids, manifest = kept_units(
@@ -122,6 +136,56 @@ def test_score_files_are_combined_and_excluded_units_left_out(scored, tmp_path, 
     (tmp_path / "seen.txt").write_text("1\nword\n")
     assert make_subset(prefix, first, "--fraction", "0.1", "--exclude", str(tmp_path / "seen.txt")) == 1
     assert "no list of unit numbers" in capsys.readouterr().err
+
+
+def rows_of(path):
+    """Rows of an exported file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_chosen_units_are_written_as_text(scored, tmp_path, capsys):
+    prefix, scores = scored
+    np.save(scores, np.arange(30, dtype=np.float32))
+    for more, words in (([], "text of the source files"), (["--export-text", "tokens"], "text decoded from tokens")):
+        path = tmp_path / "out.jsonl"
+        assert make_subset(prefix, scores, "--fraction", "0.1", "--export", str(path), *more) == 0
+        output = capsys.readouterr().out
+        assert f"{path}: 3 rows, {words}" in output.splitlines()[-1]
+        rows = rows_of(path)
+        assert [row["text"] for row in rows] == [documents(30)[unit]["text"] for unit in (27, 28, 29)]
+        assert [(row["score"], row["rank"], row["id"]) for row in rows] == [
+            (unit, 30 - unit, f"a.jsonl:{unit + 1}") for unit in (27, 28, 29)
+        ]
+    assert make_subset(prefix, scores, "--fraction", "0.1", "--export", str(path), "--export-text", "none") == 0
+    assert "no text" in capsys.readouterr().out and "text" not in rows_of(path)[0]
+
+
+def test_combined_scores_are_exported(scored, tmp_path, capsys):
+    prefix, first = scored
+    second = str(tmp_path / "other.npy")
+    np.save(second, np.arange(30, dtype=np.float32))
+    shutil.copy(tmp_path / "scores.json", tmp_path / "other.json")
+    parts = [np.load(first), np.load(second)]
+    for way, expected in (("union", mean_score(parts)), ("ranks", mean_rank(parts)), ("product", rank_product(parts))):
+        options = ["--fraction", "0.2", "--combine", way, "--export", str(tmp_path / "out.jsonl")]
+        assert make_subset(prefix, first, "--scores", first, second, *options) == 0
+        rows = rows_of(tmp_path / "out.jsonl")
+        np.testing.assert_allclose([row["score"] for row in rows], [expected[row["unit"]] for row in rows], rtol=1e-6)
+        assert min(rows, key=lambda row: row["rank"])["score"] == max(row["score"] for row in rows)
+
+
+def test_what_cannot_be_exported_is_told_before_anything_is_written(scored, tmp_path, capsys):
+    prefix, scores = scored
+    for options, message in (
+        (["--export", "out.csv"], "found out.csv, expected a name with one of .jsonl"),
+        (["--export", str(tmp_path / "a.jsonl")], "which the rows come from"),
+    ):
+        assert make_subset(prefix, scores, "--fraction", "0.1", *options) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text("changed")
+    options = ["--export", str(tmp_path / "o.jsonl"), "--export-text", "source"]
+    assert make_subset(prefix, scores, "--fraction", "0.1", *options) == 1
+    assert "with 7 bytes" in capsys.readouterr().err and not os.path.exists(f"{prefix}.run")
 
 
 def test_a_compact_subset_holds_its_own_tokens_in_order(scored, tmp_path, capsys):

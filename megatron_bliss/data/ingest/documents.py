@@ -67,6 +67,14 @@ def record_text(record: dict, keys: Sequence[str]) -> str:
     return text
 
 
+def plain_text(line: bytes) -> str:
+    """The text of one line of plain text. Raises BadLine."""
+    try:
+        return line.removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine(f"invalid UTF-8 at byte {error.start}") from error
+
+
 def numbered_lines(data: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
     """(line number, content) of every line that is not blank."""
     for number, line in enumerate(data.split(b"\n"), first_line):
@@ -95,9 +103,9 @@ def plain_documents(data: bytes, first_line: int, keys: Sequence[str]) -> Docume
     nothing = (None,) * len(FIELDS)
     for number, line in numbered_lines(data, first_line):
         try:
-            text = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            found.rejects.append((number, f"invalid UTF-8 at byte {error.start}"))
+            text = plain_text(line)
+        except BadLine as error:
+            found.rejects.append((number, str(error)))
             continue
         found.texts.append(text)
         found.lines.append(number)

@@ -12,7 +12,7 @@ from megatron_bliss.data.ingest.documents import Documents, json_documents, plai
 from megatron_bliss.data.ingest.line_files import LineFileReader
 from megatron_bliss.data.ingest.parquet import ParquetReader
 from megatron_bliss.data.ingest.provenance import FIELDS
-from megatron_bliss.data.ingest.sources import source_kind
+from megatron_bliss.data.ingest.sources import file_kind
 
 ONE_PIECE = 1 << 62
 """A piece as long as any file, so that lines are counted from the file's beginning."""
@@ -23,7 +23,7 @@ class OriginalReader:
 
     def __init__(self, path: str, keys: Sequence[str], block_bytes: int) -> None:
         self.path, self._data, self._first_line = path, b"", 1
-        self._kind = source_kind(path)
+        self._kind = file_kind(path)
         if self._kind == ".parquet":
             self._reader = ParquetReader(path, keys, ONE_PIECE, block_bytes)
         else:

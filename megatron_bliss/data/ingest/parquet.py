@@ -68,7 +68,7 @@ class ParquetReader:
             end = row + rows
             try:
                 for batch in self._batches(group):
-                    yield row_documents(_rows(batch), row, self.keys), len(batch)
+                    yield row_documents(batch_rows(batch), row, self.keys), len(batch)
                     row += len(batch)
             except DAMAGE as error:
                 if isinstance(error, OSError) and error.errno is not None:
@@ -78,9 +78,7 @@ class ParquetReader:
                 row = end
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        found = self._file.metadata.row_group(group)
-        rows = max(1, min(MAX_BATCH_ROWS, self.block_bytes * found.num_rows // max(found.total_byte_size, 1)))
-        return self._file.iter_batches(rows, row_groups=[group], columns=self._columns)
+        return group_batches(self._file, group, self._columns, self.block_bytes)
 
     def at_end(self, piece: int) -> bool:
         """Whether no piece follows this one."""
@@ -95,7 +93,16 @@ class ParquetReader:
             self._file.close()
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict | BadLine]:
+def group_batches(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], block_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a row group in batches of about ``block_bytes``."""
+    found = file.metadata.row_group(group)
+    rows = max(1, min(MAX_BATCH_ROWS, block_bytes * found.num_rows // max(found.total_byte_size, 1)))
+    return file.iter_batches(rows, row_groups=[group], columns=columns)
+
+
+def batch_rows(batch: pa.RecordBatch) -> list[dict | BadLine]:
     """The rows of a batch as dicts; strings that are no UTF-8 spoil their row alone."""
     columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     names = list(columns)

@@ -40,11 +40,11 @@ SUFFIXES = (*JSON_SUFFIXES, *(".txt" + end for end in ("", *COMPRESSION)), ".par
 
 def open_source(path: str, keys: Sequence[str], piece_bytes: int = PIECE_BYTES, block_bytes: int = BLOCK_BYTES):
     """The reader of a file, by its suffix: :class:`LineFileReader` or :class:`ParquetReader`."""
-    return READERS[source_kind(path)](path, keys, piece_bytes, block_bytes)
+    return READERS[file_kind(path)](path, keys, piece_bytes, block_bytes)
 
 
-def source_kind(path: str) -> str:
-    """The suffix of a file, without that of its compression: one of the keys of ``READERS``, where it has a reader."""
+def file_kind(path: str) -> str:
+    """The suffix that says what a file holds, without that of its compression: ".jsonl" of "a.jsonl.gz"."""
     stem, suffix = os.path.splitext(path)
     return os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_bliss.config.bounds import bounded, check_bounds
-from megatron_bliss.data.indexed import blocks
-from megatron_bliss.selection.best import drawn, finite_scores
+from megatron_bliss.selection.best import drawn, finite_scores, twice_ranks
 from megatron_bliss.selection.fraction import FractionSettings, fraction_count, fraction_share
 from megatron_bliss.selection.policy import Policy
 
@@ -27,12 +26,10 @@ class SoftSettings(FractionSettings):
 
 def log_odds_of_ranks(scores: np.ndarray) -> np.ndarray:
     """log(r / (1 - r)), float32[n], of r = (units below + half of those that are equal) / n, of finite float[n]."""
-    ordered, n = np.sort(scores), len(scores)
+    n = len(scores)
     found = np.empty(n, dtype=np.float32)
-    for part in blocks(n):
-        below = np.searchsorted(ordered, scores[part], side="left")
-        not_above = np.searchsorted(ordered, scores[part], side="right")
-        twice = (below + not_above).astype(np.float64)  # 2 n r, at least 1 and at most 2 n - 1
+    for part, ranks in twice_ranks(scores):
+        twice = ranks.astype(np.float64) + 1  # 2 n r, at least 1 and at most 2 n - 1
         found[part] = np.log(twice / (2 * n - twice))
     return found
 
