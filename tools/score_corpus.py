@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_bliss.base.command import command
+from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.ingest.shards import parse_shard
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer, load_recorded_tokenizer
@@ -30,6 +31,11 @@ from megatron_bliss.scorers.folder import ScorerFolder, load_scorer
 from megatron_bliss.scorers.job import Share
 from megatron_bliss.scorers.text_job import TextSettings, score_text
 from megatron_bliss.scorers.windows import LongDocuments
+from megatron_bliss.selection.command_line import add_policy_options, given_selection
+from megatron_bliss.selection.export import export_scored_text
+from megatron_bliss.selection.row_files import check_row_file
+from megatron_bliss.selection.scored_text import ScoredText
+from megatron_bliss.selection.select import apply_to_units, selection_lines
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +57,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="fuse a model's element-wise work: half a minute, then faster")
     add("--threads", type=int, help="threads of a process (default: the cores there are, shared by the node's ranks)")
     add("--quiet", action="store_true", help="show no progress")
+    add(
+        "--export", metavar="FILE", help="raw text: write the chosen documents: .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+    )
+    add("--export-text", choices=["source", "none"], default="source", help="export: with their text, or lines alone")
+    add("--seed", type=int, default=0, help="export: of all that a policy draws")
+    add_policy_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -107,12 +119,38 @@ def run(options: argparse.Namespace) -> bool:
     return score_text(settings, found, tokenizer_of(found), folder, share, show=show)
 
 
+def check(options: argparse.Namespace) -> SelectionConfig | None:
+    """The selection of an export; ValueError for options that cannot work, before anything is scored."""
+    if not options.export:
+        return None
+    if options.corpus:
+        raise ValueError(
+            "found --export with --corpus, expected it with --input: select from a corpus's scores with "
+            "tools/subset_index.py, which takes --export, too"
+        )
+    check_row_file(options.export)
+    return given_selection(options)
+
+
+def export(options: argparse.Namespace, selection: SelectionConfig) -> str:
+    """Write the chosen documents; a line on them."""
+    units = ScoredText(options.output)
+    ids, policy, _ = apply_to_units(units, units.scores, selection, seed=options.seed)
+    export_scored_text(options.output, ids, None, options.json_keys, options.export, text=options.export_text)
+    lines = [f"{options.export}: {len(ids):,} of {len(units):,} documents", *selection_lines(policy)]
+    return "\n".join(lines)
+
+
 @command("score_corpus", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
+    selection = check(options)
     done = run(options)
-    print(f"{options.output}: {'scores.npy is there' if done else 'this share is done, others are not yet'}")
+    if done and share_of(options).index == 0 or not options.export:
+        print(f"{options.output}: {'scored' if done else 'this share is done, others are not yet'}")
+    if done and selection is not None and (options.shard or share_of(options).index == 0):
+        print(export(options, selection))
     return 0
 
 

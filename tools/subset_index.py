@@ -14,25 +14,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 from megatron_bliss.base.command import command
 from megatron_bliss.base.files import read_json, sha256_file
 from megatron_bliss.base.text import align
 from megatron_bliss.config.selection import SelectionConfig
-from megatron_bliss.config.settings import Setting, merged_settings, settings_of
+from megatron_bliss.config.settings import settings_of
 from megatron_bliss.data.compare import shares_of
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.selection.combine import COMBINATIONS, check_combination, mean_score
+from megatron_bliss.selection.command_line import add_policy_options, given_selection
 from megatron_bliss.selection.export import TEXTS, Exported, check_export, export_units, plan_text
-from megatron_bliss.selection.policies import POLICIES
 from megatron_bliss.selection.score_files import load_npy
-from megatron_bliss.selection.select import apply_policy, check_selection, selection_lines
-
-SHARES = dict[str, float]
-"""Settings of this type are given as NAME=SHARE words."""
+from megatron_bliss.selection.select import apply_policy, selection_lines
 
 
 def read_scores(path: str, prefix: str) -> np.ndarray:
@@ -71,26 +67,6 @@ def read_excluded(item: str, prefix: str) -> np.ndarray:
     return ids
 
 
-def parse_shares(setting: str, entries: list[str]) -> SHARES:
-    """{name: share} of NAME=SHARE entries."""
-    try:
-        return {name: float(share) for name, share in (entry.rsplit("=", 1) for entry in entries)}
-    except ValueError as error:
-        raise ValueError(
-            f"{setting} {' '.join(entries)}, expected NAME=SHARE such as prose=0.5: --{setting.replace('_', '-')}"
-        ) from error
-
-
-def flag(setting: Setting) -> dict:
-    """How argparse takes a setting of policies."""
-    required = any(setting.name in POLICIES[name].required for name in setting.choices)
-    text = setting.described() if required else f"{setting.described()} Default: {setting.default}"
-    text = text.replace("%", "%%")
-    if setting.type == SHARES:
-        return {"nargs": "+", "metavar": "NAME=SHARE", "help": text}
-    return {"type": setting.type if setting.type in (int, float, str) else yaml.safe_load, "help": text}
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,10 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--input-prefix", required=True, help="corpus or subset that was scored")
     add("--scores", required=True, nargs="+", help="scores.npy, with scores.json beside it; several are combined")
     add("--output-folder", required=True, help="folder for the subset; its name is made from its content")
-    policies = "; ".join(f"{name}: {policy.help}" for name, policy in POLICIES.items())
-    add("--policy", choices=list(POLICIES), default="top_fraction", help=f"which units are kept. {policies}")
-    for name, setting in merged_settings(POLICIES).items():
-        add(f"--{name.replace('_', '-')}", **flag(setting))
+    add_policy_options(parser)
     near_duplicates = settings_of(SelectionConfig)["near_duplicates"].help
     add("--near-duplicates", "--max-similarity", type=float, default=0.0, metavar="SIMILARITY", help=near_duplicates)
     ways = "; ".join(f"{name}: {way.help}" for name, way in COMBINATIONS.items())
@@ -130,14 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def selection_options(options: argparse.Namespace) -> SelectionConfig:
     """The section selection, from the command line."""
-    known = merged_settings(POLICIES)
-    given = {name: getattr(options, name) for name in known if getattr(options, name) is not None}
-    missing = [name for name in POLICIES[options.policy].required if name not in given]
-    if missing:
-        raise ValueError(f"policy {options.policy} needs --{missing[0].replace('_', '-')}")
-    shares = {name: parse_shares(name, value) for name, value in given.items() if known[name].type == SHARES}
-    selection = SelectionConfig(options.policy, near_duplicates=options.near_duplicates, settings=given | shares)
-    check_selection(selection)
+    selection = given_selection(options, options.near_duplicates)
     check_combination(options.combine, len(options.scores), options.weights)
     return selection
 

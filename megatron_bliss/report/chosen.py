@@ -22,7 +22,7 @@ def score_section(run: RunData) -> str:
         groups = {f"round {number}": scores for number, scores in rounds.items()}
         svg = histogram_chart(groups, title=f"scores {arm}", x_label="score")
         keys = {label: index for index, label in enumerate(groups)}
-        caption = f"Share of the shard's units.{_held_out(run.correlations.get(arm, {}))}"
+        caption = f"Share of the shard's units.{_held_out(run.correlations.get(arm, {}))}{_drift(run, arm)}"
         figures.append(figure(f"Scores, {arm}", caption, svg, keys))
     for (arm, name), groups in run.scores_by_field.items():
         svg = strip_chart(groups, title=f"scores by {name} {arm}", x_label="score")
@@ -35,6 +35,17 @@ def _held_out(correlations: Mapping[int, float]) -> str:
     """How well scores rank what they predict, for methods that measure it."""
     rounds = ", ".join(f"{value:.2f} in round {number}" for number, value in sorted(correlations.items()))
     return f" Rank correlation with what was measured, on held-out units: {rounds}." if rounds else ""
+
+
+def _drift(run: RunData, arm: str) -> str:
+    """How a round's scores of its shard compare with those that the round before's scorer gives it."""
+    found = [(one["round"], one["drift"]) for one in run.stages if one["arm"] == arm and one.get("drift")]
+    rounds = ", ".join(
+        f"round {number}: rank correlation {drift['rank_correlation']:.2f}, {drift['overlap']:.0%} of the best fifth are "
+        "the same"
+        for number, drift in found
+    )
+    return f" Against the scorer of the round before, on the same units: {rounds}." if rounds else ""
 
 
 def share_section(run: RunData) -> str:

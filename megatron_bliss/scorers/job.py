@@ -68,6 +68,8 @@ def run(folder: Path, parts: Parts, share: Share, *, show: bool) -> bool:
                 while not claims.take("result"):
                     time.sleep(POLL)
                 if not parts.is_finished():
+                    for left in folder.glob("*.tmp"):  # of processes that were killed here
+                        left.unlink(missing_ok=True)
                     parts.finish(work)
             shutil.rmtree(work, ignore_errors=True)  # the result is there: what stays behind does no harm
     except FileNotFoundError:

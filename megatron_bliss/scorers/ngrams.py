@@ -23,6 +23,8 @@ BLOCK_TOKENS = 1 << 15
 """Tokens at a time: what is made of them stays in the processor's cache."""
 _FIRST, _SECOND = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 """As in data/ngrams.py."""
+LARGEST_VOCABULARY = 1 << 24
+"""So that nothing larger is allocated for a description from elsewhere."""
 _HALF, _THIRTY_ONE = np.uint64(33), np.uint64(31)
 
 
@@ -47,8 +49,11 @@ class NgramForm:
     activation: str = "identity"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_ngram <= 8:
-            raise ValueError(f"found max_ngram {self.max_ngram} in a scorer, expected 1 to 8: export it again")
+        if not (1 <= self.max_ngram <= 8 and 1 <= self.vocab_size <= LARGEST_VOCABULARY):
+            raise ValueError(
+                f"found max_ngram {self.max_ngram} and vocab_size {self.vocab_size} in a scorer, expected 1 to 8 and 1 to "
+                f"{LARGEST_VOCABULARY}: export it again"
+            )
         if self.activation not in ACTIVATIONS or self.reduce not in ("mean", "sum"):
             raise ValueError(
                 f"found activation {self.activation!r} and reduce {self.reduce!r} in a scorer, expected one of "

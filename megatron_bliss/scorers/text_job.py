@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_bliss.base.files import atomic_file, publish, read_json, write_json
+from megatron_bliss.data.indexed import token_dtype
 from megatron_bliss.data.ingest.documents import Documents
 from megatron_bliss.data.ingest.encoding import make_encoder
 from megatron_bliss.data.ingest.piece_maker import unusable, with_eod
@@ -107,6 +108,7 @@ class _Maker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.settings, self.files, self.scorer, self.tokenizer = settings, files, found.scorer, tokenizer
         self._encoder = make_encoder(tokenizer, settings.backend)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self._source, self._reader = None, None
 
     def make(self, source: int, piece: int | None, work: Path, tick: Callable[[int], None]) -> dict:
@@ -162,6 +164,7 @@ class _Maker:
             keep = np.ones(len(lengths), bool)
             keep[list(bad)] = False
             tokens, lengths, found = tokens[np.repeat(keep, lengths)], lengths[keep], found.without(bad)
+        tokens = tokens.astype(self._dtype)
         if self.scorer.ends_documents:
             tokens, lengths = with_eod(tokens, lengths, self.tokenizer.eod)
         ends, scores = np.cumsum(lengths), np.empty(len(lengths), np.float32)

@@ -383,7 +383,7 @@ def test_a_run_with_four_arms_does_what_its_plan_says(corpus: Path, tmp_path: Pa
         settings = json.loads((place / "scores.json").read_text())
         assert settings["probes"] == 24 and settings["influence_std"] > 0 and -1 <= settings["held_out_spearman"] <= 1
         assert stages["mates", number, "score"]["flops"] > stages["bliss", number, "score"]["flops"]
-        assert sorted(path.name for path in place.iterdir()) == ["done.json", "scores.json", "scores.npy"]
+        assert sorted(path.name for path in place.iterdir()) == ["done.json", "scorer", "scores.json", "scores.npy"]
     steps = [(line["round"], line["step"]) for line in metric_lines(folder) if line["stage"] == "score"]
     assert steps == [(number, step) for number in (1, 2) for step in range(1, 6)]
     page = (folder / "report.html").read_text()
