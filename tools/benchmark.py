@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from megatron_bliss.base.command import command  # noqa: E402
 from megatron_bliss.base.files import atomic_file  # noqa: E402
-from tools.benchmarks import bilevel, data, evaluation, memory, pretrain, table  # noqa: E402
+from tools.benchmarks import bilevel, data, evaluation, memory, pretrain, score, table  # noqa: E402
 
 COMMANDS = {
     "bilevel": (bilevel, table.markdown),
@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluation": (evaluation, evaluation.markdown),
     "pretrain": (pretrain, pretrain.markdown),
     "data": (data, data.markdown),
+    "score": (score, score.markdown),
 }
 """Command -> module with ``add_arguments`` and ``run``, and the function that writes its result as Markdown."""
 

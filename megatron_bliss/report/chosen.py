@@ -41,8 +41,8 @@ def _drift(run: RunData, arm: str) -> str:
     """How a round's scores of its shard compare with those that the round before's scorer gives it."""
     found = [(one["round"], one["drift"]) for one in run.stages if one["arm"] == arm and one.get("drift")]
     rounds = ", ".join(
-        f"round {number}: rank correlation {drift['rank_correlation']:.2f}, {drift['overlap']:.0%} of the best fifth are "
-        "the same"
+        f"round {number}: rank correlation {drift['rank_correlation']:.2f}, {drift['overlap']:.0%} of the best fifth "
+        "are the same"
         for number, drift in found
     )
     return f" Against the scorer of the round before, on the same units: {rounds}." if rounds else ""

@@ -51,8 +51,8 @@ class NgramForm:
     def __post_init__(self) -> None:
         if not (1 <= self.max_ngram <= 8 and 1 <= self.vocab_size <= LARGEST_VOCABULARY):
             raise ValueError(
-                f"found max_ngram {self.max_ngram} and vocab_size {self.vocab_size} in a scorer, expected 1 to 8 and 1 to "
-                f"{LARGEST_VOCABULARY}: export it again"
+                f"found max_ngram {self.max_ngram} and vocab_size {self.vocab_size} in a scorer, expected 1 to 8 and 1 "
+                f"to {LARGEST_VOCABULARY}: export it again"
             )
         if self.activation not in ACTIVATIONS or self.reduce not in ("mean", "sum"):
             raise ValueError(

@@ -187,7 +187,10 @@ def test_raw_text_has_the_scores_and_rows_of_its_corpus(suffix, ends, scorer, sm
     else:
         write_text(source, 120)
     found = ScorerFolder(
-        Scorer(scorer.scorer.windows, 50, "mean", ends_documents=ends), scorer.tokenizer, scorer.weights_sha256, "scorer"
+        Scorer(scorer.scorer.windows, 50, "mean", ends_documents=ends),
+        scorer.tokenizer,
+        scorer.weights_sha256,
+        "scorer",
     )
     settings = TextSettings([str(source)], max_bad_fraction=0.1, piece_bytes=1000)
     assert score_text(settings, found, TOKENIZER, tmp_path / "out", ALONE, show=False)

@@ -1,4 +1,4 @@
-"""The numpy n-gram model: the torch table's numbers, a plain count's, and the same for a window whatever is beside it."""
+"""The numpy n-gram model: the torch table's numbers, a plain count's, and a window's whatever is beside it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_a_window_has_the_same_bits_whatever_is_beside_it(text, monkeypatch, how
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_ngram": 0}, {"max_ngram": 2.5}, {"reduce": "median"}, {"activation": "exp"}, {"bias": float("nan")}]
+    "change",
+    [{"max_ngram": 0}, {"max_ngram": 2.5}, {"reduce": "median"}, {"activation": "exp"}, {"bias": float("nan")}],
 )
 def test_a_form_that_cannot_be_is_refused(change: dict) -> None:
     scorer = NgramScorer(NgramForm(2, VOCABULARY, EOD), np.zeros(8))

@@ -104,7 +104,7 @@ _METHOD = " ".join(line.strip() for line in __doc__.split("\n\n", 1)[1].splitlin
 def _source(options: argparse.Namespace, folder: str) -> tuple[str, int]:
     """One .json.gz, and its size before compression."""
     path, size = f"{folder}/source.json.gz", 0
-    parts = _joined(options.input) if options.input else _installation_lines(int(options.megabytes * 1e6))
+    parts = _joined(options.input) if options.input else installation_lines(int(options.megabytes * 1e6))
     with gzip.open(path, "wb", compresslevel=6) as out:
         for part in parts:
             size += out.write(part)
@@ -119,7 +119,7 @@ def _joined(patterns: list[str]) -> Iterator[bytes]:
         stream.close()
 
 
-def _installation_lines(size: int) -> Iterator[bytes]:
+def installation_lines(size: int) -> Iterator[bytes]:
     """JSON lines of text files of this Python installation, mixed, cut into documents of about DOCUMENT characters."""
     for name, path in sorted(installed_files(), key=lambda file: zlib.crc32(file[0].encode())):
         try:
