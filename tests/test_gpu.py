@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from megatron_bliss.bilevel.objective import Loss, Objective
 from megatron_bliss.bilevel.teacher import TargetTeacher
 from megatron_bliss.config.models import ScoreConfig
 from megatron_bliss.models.families import FAMILIES
+from megatron_bliss.models.presets import resolve_architecture
+from megatron_bliss.models.score import build_score_model
 from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.scorers.models import ModelScorer, Reading
+from megatron_bliss.scorers.scorer import Scorer
 from tests.bilevel.trainers import ALONE, CONFIG, SIZES, VOCABULARY, RandomUnits, make_trainer
 from tests.runs import run
 from tests.targets import SEQ_LENGTH, VOCAB_SIZE, grouped, layout, make_target
@@ -48,6 +53,17 @@ def test_bilevel_steps_equal_the_cpus(family: str) -> None:
         found.append([trainer.step() for _ in range(3)])
     for expected, step in zip(*found, strict=True):
         assert step == pytest.approx(expected, rel=1e-8)
+
+
+def test_scores_of_a_model_equal_the_cpus_and_have_the_same_bits_twice() -> None:
+    lengths = np.random.default_rng(1).integers(0, 40, 64)
+    tokens = np.random.default_rng(2).integers(0, VOCABULARY, lengths.sum()).astype(np.uint16)
+    model = build_score_model(ScoreConfig(head_init_std=1.0), resolve_architecture(SIZES, VOCABULARY), seed=1)
+    expected = Scorer(ModelScorer(model), 16, "mean").score(tokens, lengths)
+    reading = Reading(torch.device("cuda"), batch_tokens=256)
+    found = [Scorer(ModelScorer(copy.deepcopy(model), reading), 16, "mean").score(tokens, lengths) for _ in range(2)]
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert np.array_equal(*found)
 
 
 def test_an_offloaded_target_teaches_the_same_and_leaves_the_device() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -62,6 +63,7 @@ class IndexedCorpus:
                 raise FileNotFoundError(
                     f"{path} does not exist; give the prefix of a .bin/.idx pair, without the suffix"
                 )
+        self._maps: list[mmap.mmap] = []
         self._map_index()
         self._map_tokens()
         self._check_arrays()
@@ -84,7 +86,7 @@ class IndexedCorpus:
                 f"{size} bytes, but {sequences} sequences and {documents} document entries take {expected}"
             )
         self.dtype = np.dtype(TOKEN_DTYPES[code]).newbyteorder("<")
-        buffer = np.asarray(np.memmap(self.index_path, mode="r", dtype=np.uint8))
+        buffer = self._mapped(self.index_path, np.dtype(np.uint8))
         lengths_end = HEADER.size + 4 * sequences
         self.lengths = buffer[HEADER.size : lengths_end].view("<i4")
         self.pointers = buffer[lengths_end : lengths_end + 8 * sequences].view("<i8")
@@ -98,7 +100,21 @@ class IndexedCorpus:
                 f"({self.dtype.name} tokens); it is truncated or of another index: make it again"
             )
         empty = np.zeros(0, self.dtype)
-        self.tokens = np.asarray(np.memmap(self.bin_path, mode="r", dtype=self.dtype)) if self.bin_bytes else empty
+        self.tokens = self._mapped(self.bin_path, self.dtype) if self.bin_bytes else empty
+
+    def _mapped(self, path: str, dtype: np.dtype) -> np.ndarray:
+        array = np.memmap(path, mode="r", dtype=dtype)
+        self._maps.append(array._mmap)
+        return np.asarray(array)
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process's memory; what is read again comes from the disk's cache.
+
+        For passes over corpora that are larger than the memory: a system would do it too late, and count them till then.
+        """
+        for mapped in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _check_arrays(self) -> None:
         itemsize = self.dtype.itemsize

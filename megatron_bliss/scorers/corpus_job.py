@@ -35,11 +35,13 @@ def score_corpus(prefix: str, found: ScorerFolder, folder: Path, share: Share, *
     if is_finished(folder, record):
         return True
     corpus = IndexedCorpus(prefix)
+    corpus.release()  # opening it has read the whole index
     starts = range(0, len(corpus), PART_BLOCKS * BLOCK_UNITS)
     bounds = [(start, min(start + PART_BLOCKS * BLOCK_UNITS, len(corpus))) for start in starts]
 
     def make(number: int, path: Path, tick: Callable[[int], None]) -> None:
         save_array(path, np.concatenate(list(_scored(found.scorer, corpus, *bounds[number], tick))))
+        corpus.release()
 
     def finish(work: Path) -> None:
         arrays = (np.load(work / f"{name}{PART}", allow_pickle=False) for name in names)

@@ -156,11 +156,16 @@ def _run_ours(source: str, prefix: str, tokenizer: str, workers: int) -> tuple[f
         path.unlink()
     options = ["--input", source, "--output-prefix", prefix, "--tokenizer-model", tokenizer, "--append-eod"]
     command = [sys.executable, str(COMMAND), *options, "--workers", str(workers), "--progress", "none"]
+    return cost_of(command)
+
+
+def cost_of(command: list[str]) -> tuple[float, int]:
+    """CPU seconds of a command of tools/ with all its processes, and the peak resident set of the largest of them."""
     runner = [sys.executable, "-I", "-S", "-c", RUNNER, *command]
     reported = subprocess.run(runner, env=_environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
     status, seconds, peak = json.loads(reported)
     if status:
-        raise ValueError(f"tools/preprocess_data.py ended with status {status}")
+        raise ValueError(f"{command[1]} ended with status {status}")
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)
 
 

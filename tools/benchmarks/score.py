@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ from megatron_bliss.scorers.text_job import TextSettings, score_text
 from megatron_bliss.scorers.windows import Windows, cut
 from tools import train_tokenizer
 from tools.benchmarks import measure
-from tools.benchmarks.data import installation_lines
+from tools.benchmarks.data import ROOT, cost_of, installation_lines
+from tools.benchmarks.index import synthetic_corpus
 
 MEDIAN, DEVIATION = 280, 1.05
 """Of C4's documents in tokens of GPT-NeoX's tokenizer, and of their logarithms."""
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="of torch (0: as it chooses)")
     add("--ngram-tokens", type=int, default=20_000_000, help="tokens of an indexed corpus for the n-gram scorer")
     add("--megabytes", type=float, default=96.0, help="raw text for the n-gram scorer")
+    add("--scale-units", type=int, default=2_000_000, help="units of a synthetic corpus whose scoring's memory is told")
     add("--repetitions", type=int, default=3, help="runs of each, in turns; the best counts")
 
 
@@ -64,6 +67,7 @@ def run(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="benchmark-score-") as folder:
         models = _models(options)
         figures = _ngrams(options, Path(folder))
+        figures |= _scale(options, Path(folder))
     return {"machine": machine, "preset": options.preset, "params_dtype": options.params_dtype, **models, **figures}
 
 
@@ -78,6 +82,10 @@ def markdown(result: dict, command: str) -> str:
         ("the same of transformers' batches", f"{result['huggingface_padding_waste']:.1%}"),
         ("n-grams, tokens per CPU-second, from an indexed corpus", f"{result['ngram_tokens_per_cpu_second']:,.0f}"),
         ("n-grams, MB per CPU-second, from .json.gz", f"{result['raw_megabytes_per_cpu_second']:.1f}"),
+    ]
+    rows += [
+        (f"peak resident memory, {result['scale_units']:,} units, MiB", f"{result['scale_peak_bytes'] / 2**20:,.0f}"),
+        ("the same corpus, CPU-seconds of the command", f"{result['scale_cpu_seconds']:.1f}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     method = " ".join(line.strip() for line in __doc__.split("\n\n", 1)[1].splitlines())
@@ -183,6 +191,15 @@ def _ngrams(options: argparse.Namespace, folder: Path) -> dict:
         "ngram_tokens_per_cpu_second": tokens / min(seconds["tokens"]),
         "raw_megabytes_per_cpu_second": size / 1e6 / min(seconds["raw"]),
     }
+
+
+def _scale(options: argparse.Namespace, folder: Path) -> dict:
+    """What tools/score_corpus.py takes for a corpus of many units of 8 tokens, in a process of its own."""
+    prefix = synthetic_corpus(options.scale_units, folder / "scale")
+    command = [sys.executable, str(ROOT / "tools" / "score_corpus.py"), "--scorer", str(folder / "scorer")]
+    command += ["--corpus", prefix, "--output", str(folder / "scale" / "scores"), "--quiet"]
+    seconds, peak = cost_of(command)
+    return {"scale_units": options.scale_units, "scale_peak_bytes": peak, "scale_cpu_seconds": seconds}
 
 
 def _corpus(options: argparse.Namespace, folder: Path, found: ScorerFolder) -> tuple[str, int]:

@@ -5,13 +5,27 @@ import json
 from tools import benchmark
 from tools.benchmarks.score import c4_lengths
 
-SMALL = ["--units", "4", "--window", "32", "--batch-tokens", "64", "--repetitions", "1", "--ngram-tokens", "3000"]
+SMALL = [
+    "--units",
+    "4",
+    "--window",
+    "32",
+    "--batch-tokens",
+    "64",
+    "--repetitions",
+    "1",
+    "--ngram-tokens",
+    "3000",
+    "--scale-units",
+    "20000",
+]
 PROMISED = (
     "tokens_per_second",
     "throughput_vs_huggingface",
     "padding_waste",
     "ngram_tokens_per_cpu_second",
     "raw_megabytes_per_cpu_second",
+    "scale_peak_bytes",
 )
 
 
