@@ -20,7 +20,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
     """A corpus of one unit."""
-    from megatron_bliss.data.indexed import CorpusWriter
+    from megatron_bliss.data.corpus_writer import CorpusWriter
     from megatron_bliss.data.manifest import adopt_manifest
 
     path = str(tmp_path / "corpus")

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from megatron_bliss.base.files import atomic_file
-from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
+from megatron_bliss.data.corpus_writer import CorpusWriter
+from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.ingest.sources import (
     BadLine,
     LineBlock,

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.inputs import Inputs, Scores
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from tests.targets import grouped, layout
 
 EOD, VOCABULARY, LENGTH = 0, 40, 12

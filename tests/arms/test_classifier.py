@@ -11,7 +11,7 @@ import pytest
 from megatron_bliss.arms import ARMS, logistic, ngrams
 from megatron_bliss.arms.classifier import ClassifierConfig, drawn
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.selection import score_pass
 from tests.arms.shards import EOD, LENGTH, VOCABULARY, make_inputs, scored, write
 from tests.distributed import run_distributed

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_bliss.arms import ARMS, ngrams
 from megatron_bliss.arms.dsir import DsirConfig
 from megatron_bliss.data.batches import UnitDataset
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.guide import GuideSets
-from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.selection import score_pass
 from tests.arms.shards import EOD, LENGTH, VOCABULARY, make_inputs, scored, write
 from tests.distributed import run_distributed

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_bliss.arms.external import ExternalConfig, read_scores
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest, corpus_digest, read_manifest
 from megatron_bliss.data.subset import root_units, write_subset
 from megatron_bliss.plan.plan import Machine, make_plan

@@ -22,7 +22,7 @@ from megatron_bliss.config.models import ScoreConfig, TargetConfig
 from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.models.convert import converted, proxy_layout, target_layout
 from megatron_bliss.models.loop import Bookkeeping, run_steps
 from megatron_bliss.models.score import build_score_model

@@ -17,7 +17,7 @@ from megatron_bliss.arms.losses import NO_LOSS, preferred
 from megatron_bliss.arms.perplexity import PerplexityConfig
 from megatron_bliss.bilevel import head
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.models.presets import flops_per_token
 from megatron_bliss.models.transformer import LanguageModel
 from megatron_bliss.plan.plan import Machine, make_plan

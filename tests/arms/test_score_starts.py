@@ -15,7 +15,7 @@ from megatron_bliss.bilevel.count_proxy import solve_counts
 from megatron_bliss.config.models import ModelConfig, ScoreConfig
 from megatron_bliss.config.training import OptimizerConfig
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.models.families import check_family
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import build_score_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bliss.data.batches import BatchSchedule, SampleOrder, UnitDataset, language_model_mask, rank_share
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_bliss.data.indexed import HEADER, MAGIC, CorpusWriter, IndexedCorpus, token_dtype, write_index
+from megatron_bliss.data.corpus_writer import CorpusWriter
+from megatron_bliss.data.indexed import HEADER, MAGIC, IndexedCorpus, token_dtype, write_index
 from tests.data.corpora import write_corpus
 
 LENGTHS = [3, 1, 7, 5, 2, 4]

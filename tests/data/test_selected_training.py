@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.deal import deal_shards
-from megatron_bliss.data.indexed import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.data.merge import merge_corpora
 from megatron_bliss.data.subset import root_units, write_subset

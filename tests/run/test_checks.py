@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.run.checks import check, check_layout, not_ready, parse_arguments
 from megatron_bliss.run.options import parse_options

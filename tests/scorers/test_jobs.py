@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import adopt_manifest, read_manifest
 from megatron_bliss.data.subset import write_subset

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_bliss.config.selection import SelectionConfig
-from megatron_bliss.data.indexed import CorpusWriter, IndexedCorpus
+from megatron_bliss.data.corpus_writer import CorpusWriter
+from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.selection import near_duplicates
 from megatron_bliss.selection.near_duplicates import MISSED, PLACES, bands, shingle_hashes, without_near_duplicates

@@ -11,7 +11,7 @@ import torch
 from megatron_bliss.arms.reading import shard_scores
 from megatron_bliss.config.models import ModelConfig, ScoreConfig
 from megatron_bliss.data.batches import UnitDataset
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.models.presets import resolve_architecture
 from megatron_bliss.models.score import ScoreModel, build_score_model
 from megatron_bliss.scorers.models import ModelScorer, Reading

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_bliss.data.indexed import CorpusWriter
+from megatron_bliss.data.corpus_writer import CorpusWriter
 from megatron_bliss.data.manifest import adopt_manifest
 from megatron_bliss.data.tokenizers import load_tokenizer
 from megatron_bliss.models.presets import PRESETS, Architecture
