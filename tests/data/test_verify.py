@@ -153,7 +153,7 @@ DAMAGE = {
     "unit numbers cut off": (
         lambda f: cut(f"{f.subset}.units.npy", -8),
         "subset",
-        "units.npy is not a usable .npy file",
+        "units.npy expected a .npy file of numbers",
     ),
     "unit numbers of another type": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a.astype(np.int32)),
@@ -163,7 +163,7 @@ DAMAGE = {
     "unit numbers that are pickled": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a.astype(object)),
         "subset",
-        "is not a usable .npy file",
+        "expected a .npy file of numbers",
     ),
     "other unit numbers": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a + 1),
@@ -225,11 +225,11 @@ def test_verify_says_what_is_wrong(files, capsys, damage, which, message):
 SCORES = {
     "no record": (lambda f: os.unlink(f.folder / "scores.json"), "scores.json"),
     "half a record": (lambda f: cut(f.folder / "scores.json", 5), "is not valid JSON"),
-    "scores cut off": (lambda f: cut(f.folder / "scores.npy", -4), "is not a usable .npy file"),
-    "empty scores": (lambda f: cut(f.folder / "scores.npy", 0), "is not a usable .npy file"),
+    "scores cut off": (lambda f: cut(f.folder / "scores.npy", -4), "expected a .npy file of numbers"),
+    "empty scores": (lambda f: cut(f.folder / "scores.npy", 0), "expected a .npy file of numbers"),
     "pickled scores": (
         lambda f: replace_array(f.folder / "scores.npy", lambda a: a.astype(object)),
-        "is not a usable .npy file",
+        "expected a .npy file of numbers",
     ),
     "scores of fewer units": (lambda f: replace_array(f.folder / "scores.npy", lambda a: a[1:]), r"has shape \[29\]"),
     "a score that is no number": (
