@@ -121,7 +121,9 @@ def load_npy(path: str | os.PathLike) -> np.ndarray:
         with np.errstate(over="ignore"):  # a header can claim more than can be counted
             found = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:
-        raise ValueError(f"found {path} ({_line(error)}), expected a .npy file of numbers: make the scores again") from error
+        raise ValueError(
+            f"found {path} ({_line(error)}), expected a .npy file of numbers: make the scores again"
+        ) from error
     if not isinstance(found, np.ndarray):
         raise ValueError(f"found an archive of arrays in {path}, expected one array: save it by numpy.save")
     return found

@@ -153,7 +153,7 @@ DAMAGE = {
     "unit numbers cut off": (
         lambda f: cut(f"{f.subset}.units.npy", -8),
         "subset",
-        "units.npy expected a .npy file of numbers",
+        "units.npy is not a usable .npy file",
     ),
     "unit numbers of another type": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a.astype(np.int32)),
@@ -163,7 +163,7 @@ DAMAGE = {
     "unit numbers that are pickled": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a.astype(object)),
         "subset",
-        "expected a .npy file of numbers",
+        "is not a usable .npy file",
     ),
     "other unit numbers": (
         lambda f: replace_array(f"{f.subset}.units.npy", lambda a: a + 1),
