@@ -20,6 +20,7 @@ HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 UINT16_LIMIT = 65500  # megatron-core's own limit in DType.optimal_dtype
+RELEASED_BLOCKS = 128  # of an index, after which what was read of it leaves the memory
 BLOCK = 1 << 16  # units handled at once where temporaries are made: they stay in the processor's cache
 
 
@@ -112,7 +113,7 @@ class IndexedCorpus:
 
     def _check_arrays(self) -> None:
         itemsize = self.dtype.itemsize
-        for part in blocks(len(self)):
+        for part in self._passing(len(self)):
             lengths, pointers = (
                 self.lengths[part].copy(),
                 self.pointers[part].copy(),
@@ -138,10 +139,17 @@ class IndexedCorpus:
         documents = self.document_indices
         if documents[0] != 0 or documents[-1] != len(self):
             raise self._damaged(f"documents from {documents[0]} to {documents[-1]}, expected 0 to {len(self)}")
-        for part in blocks(len(documents) - 1):
+        for part in self._passing(len(documents) - 1):
             bounds = documents[part.start : part.stop + 1].copy()
             if (bounds[1:] < bounds[:-1]).any():
                 raise self._damaged("document indices that decrease")
+
+    def _passing(self, count: int) -> Iterator[slice]:
+        """Blocks of an array that is read once, of which little stays in memory."""
+        for number, part in enumerate(blocks(count), 1):
+            yield part
+            if number % RELEASED_BLOCKS == 0:
+                self.release()
 
     def _damaged(self, found: str) -> ValueError:
         return ValueError(
