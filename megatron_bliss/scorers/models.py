@@ -23,6 +23,10 @@ from megatron_bliss.scorers.windows import Windows
 
 BATCHES_AHEAD = 2
 """Made by the thread before they are asked for."""
+ALIKE = 0.92
+"""Shortest window of a batch, as a share of its longest, so that less than a twelfth of it is padding ..."""
+FEWEST_PLACES, FEWEST_SHARE = 4096, 16
+"""... unless the batch would be smaller than so many places, or than a sixteenth of what it may be."""
 
 
 @dataclass
@@ -128,9 +132,12 @@ class ModelScorer:
 
     def _batches(self, sizes: np.ndarray) -> Iterator[slice]:
         """Parts of windows that are sorted, longest first."""
-        start = 0
+        start, most = 0, self.reading.batch_tokens
         while start < len(sizes):
-            rows = max(1, self.reading.batch_tokens // max(int(sizes[start]), 1))
+            longest = max(int(sizes[start]), 1)
+            alike = int(np.searchsorted(-sizes, -ALIKE * longest, side="right")) - start
+            fewest = max(most // FEWEST_SHARE, FEWEST_PLACES) // longest
+            rows = max(1, min(most // longest, max(alike, fewest)))
             yield slice(start, min(start + rows, len(sizes)))
             start += rows
 
