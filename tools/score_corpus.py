@@ -24,7 +24,6 @@ from typing import get_args
 from megatron_bliss.base.command import command
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.data.ingest.shards import parse_shard
-from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.tokenizers import Tokenizer, load_recorded_tokenizer
 from megatron_bliss.scorers.corpus_job import score_corpus
 from megatron_bliss.scorers.folder import ScorerFolder, load_scorer
@@ -113,7 +112,6 @@ def run(options: argparse.Namespace) -> bool:
     found, folder, share = prepared(load_scorer(options.scorer), options), Path(options.output), share_of(options)
     show = not options.quiet and share.index == 0
     if options.corpus:
-        read_manifest(options.corpus)
         return score_corpus(options.corpus, found, folder, share, show=show)
     settings = TextSettings(options.input, options.json_keys, options.max_bad_fraction)
     return score_text(settings, found, tokenizer_of(found), folder, share, show=show)
@@ -147,9 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     selection = check(options)
     done = run(options)
-    if done and share_of(options).index == 0 or not options.export:
-        print(f"{options.output}: {'scored' if done else 'this share is done, others are not yet'}")
-    if done and selection is not None and (options.shard or share_of(options).index == 0):
+    if not options.shard and share_of(options).index:
+        return 0  # one of torchrun's ranks is enough to tell, and to export
+    print(f"{options.output}: {'scored' if done else 'this share is done, others are not yet'}")
+    if done and selection is not None:
         print(export(options, selection))
     return 0
 

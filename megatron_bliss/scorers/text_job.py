@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_bliss.base.files import atomic_file, publish, read_json, write_json
-from megatron_bliss.data.indexed import token_dtype
 from megatron_bliss.data.ingest.documents import Documents
-from megatron_bliss.data.ingest.encoding import make_encoder
-from megatron_bliss.data.ingest.piece_maker import unusable, with_eod
 from megatron_bliss.data.ingest.provenance import ROW_SCHEMA, ProvenanceWriter, document_rows, with_file
 from megatron_bliss.data.ingest.sources import (
     BLOCK_BYTES,
@@ -31,6 +29,7 @@ from megatron_bliss.data.ingest.sources import (
     reject,
     write_rejects,
 )
+from megatron_bliss.data.ingest.tokenised import DocumentTokens
 from megatron_bliss.data.ingest.work_folder import source_state
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.scorers.corpus_job import identity, is_finished, write_column
@@ -106,9 +105,9 @@ class _Maker:
 
     def __init__(self, settings: TextSettings, files: list[str], found: ScorerFolder, tokenizer: Tokenizer) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self.settings, self.files, self.scorer, self.tokenizer = settings, files, found.scorer, tokenizer
-        self._encoder = make_encoder(tokenizer, settings.backend)
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self.settings, self.files, self.scorer = settings, files, found.scorer
+        ends = self.scorer.ends_documents
+        self._tokens, self._warned = DocumentTokens(tokenizer, settings.backend, ends_documents=ends), False
         self._source, self._reader = None, None
 
     def make(self, source: int, piece: int | None, work: Path, tick: Callable[[int], None]) -> dict:
@@ -158,15 +157,8 @@ class _Maker:
 
     def _scored(self, found: Documents, source: int) -> tuple[pa.RecordBatch, Documents]:
         """Rows of the documents that can be used, and those documents."""
-        tokens, lengths = self._encoder.encode(found.texts)
-        bad = unusable(tokens, lengths, self.tokenizer.vocab_size, None)
-        if bad:
-            keep = np.ones(len(lengths), bool)
-            keep[list(bad)] = False
-            tokens, lengths, found = tokens[np.repeat(keep, lengths)], lengths[keep], found.without(bad)
-        tokens = tokens.astype(self._dtype)
-        if self.scorer.ends_documents:
-            tokens, lengths = with_eod(tokens, lengths, self.tokenizer.eod)
+        tokens, lengths, found = self._tokens.of(found)
+        self._warn()
         ends, scores = np.cumsum(lengths), np.empty(len(lengths), np.float32)
         for start in range(0, len(lengths), BLOCK_UNITS):
             part = lengths[start : start + BLOCK_UNITS]
@@ -182,6 +174,12 @@ class _Maker:
         rows = document_rows(found.lines, found.values)
         columns = [*rows.columns, pa.array(scores), pa.array(lengths, pa.int64())]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA), found
+
+    def _warn(self) -> None:
+        """Say once what the tokenizer's library has to be told of."""
+        if self._tokens.warning and not self._warned:
+            self._warned = True
+            print(f"warning: {self._tokens.warning}", file=sys.stderr, flush=True)
 
 
 class _Result:

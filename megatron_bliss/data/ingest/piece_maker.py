@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_bliss.base.files import sha256_file
-from megatron_bliss.data.indexed import token_dtype
-from megatron_bliss.data.ingest.documents import Documents
-from megatron_bliss.data.ingest.encoding import make_encoder
 from megatron_bliss.data.ingest.piece_files import PieceSummary, PieceWriter, piece_path, write_piece
 from megatron_bliss.data.ingest.provenance import document_rows
 from megatron_bliss.data.ingest.sources import BLOCK_BYTES, open_source
+from megatron_bliss.data.ingest.tokenised import DocumentTokens
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 
 MAX_UNIT_TOKENS = np.iinfo(np.int32).max  # of the index
@@ -56,9 +54,9 @@ class PieceMaker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
         kind, path, eod_token = settings.tokenizer
         self.settings = settings
-        self._tokenizer = tokenizer or load_tokenizer(kind, path, eod_token=eod_token)
-        self._encoder = make_encoder(self._tokenizer, settings.backend)
-        self._dtype = token_dtype(self._tokenizer.vocab_size)
+        tokenizer = tokenizer or load_tokenizer(kind, path, eod_token=eod_token)
+        limits = {"ends_documents": settings.ends_documents, "longest": settings.max_document_tokens}
+        self._tokens = DocumentTokens(tokenizer, settings.backend, **limits)
         self._source, self._reader = None, None
 
     def __call__(self, task: Piece | Digest) -> tuple[Piece | Digest, PieceSummary | str, str | None]:
@@ -67,8 +65,8 @@ class PieceMaker:
             return task, sha256_file(self.settings.files[task.source]), None
         self._open(task.source)
         path = piece_path(self.settings.folder, task.source, task.piece)
-        summary = write_piece(path, self._dtype, lambda writer: self._fill(writer, task))
-        return task, summary, self._encoder.warning
+        summary = write_piece(path, self._tokens.dtype, lambda writer: self._fill(writer, task))
+        return task, summary, self._tokens.warning
 
     def _open(self, source: int) -> None:
         if self._source == source:
@@ -84,7 +82,7 @@ class PieceMaker:
         for found, count in self._reader.documents(task.piece):
             lines += count
             writer.text_bytes += found.bytes
-            tokens, lengths, found = self._tokenized(found)
+            tokens, lengths, found = self._tokens.of(found)
             rows = document_rows(found.lines, found.values) if self.settings.provenance else None
             writer.add(tokens, lengths, rows)
             for line, reason in found.rejects:
@@ -99,45 +97,3 @@ class PieceMaker:
             damage=self._reader.damage,
             sha256=self._reader.finish() if last else None,
         )
-
-    def _tokenized(self, found: Documents) -> tuple[np.ndarray, np.ndarray, Documents]:
-        """Tokens and lengths of the documents that can be used, EOD included, and those documents."""
-        tokens, lengths = self._encoder.encode(found.texts)
-        bad = unusable(tokens, lengths, self._tokenizer.vocab_size, self._longest_document())
-        if bad:
-            keep = np.ones(len(lengths), bool)
-            keep[list(bad)] = False
-            tokens, lengths, found = tokens[np.repeat(keep, lengths)], lengths[keep], found.without(bad)
-        tokens = tokens.astype(self._dtype)
-        if self.settings.ends_documents:
-            tokens, lengths = with_eod(tokens, lengths, self._tokenizer.eod)
-        return tokens, lengths, found
-
-    def _longest_document(self) -> int | None:
-        longest = self.settings.max_document_tokens
-        return longest and longest - self.settings.ends_documents
-
-
-def unusable(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int, longest: int | None) -> dict[int, str]:
-    """Why documents cannot be stored, by their place: no token, too many (longest: None for no limit), unknown ids."""
-    bad = {int(index): "text without a token" for index in np.flatnonzero(lengths == 0)}
-    if longest is not None:
-        for index in np.flatnonzero(lengths > longest):
-            bad[int(index)] = f"a document of {lengths[index]} tokens, expected at most {longest}"
-    if len(tokens) and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
-        places = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
-        owners = np.searchsorted(np.cumsum(lengths), places, side="right")
-        for index, place in zip(owners[::-1].tolist(), places[::-1].tolist(), strict=True):  # the first one stays
-            bad[index] = f"token id {tokens[place]} outside the vocabulary of {vocab_size}"
-    return bad
-
-
-def with_eod(tokens: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and lengths with one EOD at the end of every document."""
-    out = np.empty(len(tokens) + len(lengths), tokens.dtype)
-    ends = np.cumsum(lengths) + np.arange(len(lengths))
-    inside = np.ones(len(out), bool)
-    inside[ends] = False
-    out[inside] = tokens
-    out[ends] = eod
-    return out, lengths + 1
