@@ -100,4 +100,8 @@ def test_what_cannot_be_scored_is_told_before_it_begins(finished: Path, tmp_path
     assert "tools/subset_index.py" in capsys.readouterr().err
     assert score_corpus.main([*arguments, "--input", "x.jsonl", "--export", "a.xml", "--fraction", "0.1"]) == 1
     assert score_corpus.main([*arguments, "--input", "x.jsonl", "--shard", "3/2"]) == 1
+    assert score_corpus.main([*arguments, "--input", "x.jsonl", "--memory-gib", "-1"]) == 1
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("")
+    assert score_corpus.main([*arguments, "--input", "x.jsonl"]) == 1
+    assert "which is no folder" in capsys.readouterr().err
