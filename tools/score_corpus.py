@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> bool:
 
 
 def check(options: argparse.Namespace) -> SelectionConfig | None:
-    """The selection of an export, if there is one; ValueError for options that cannot work, before anything is scored."""
+    """The selection of an export, if there is one; ValueError for options that cannot work, before anything is done."""
     if Path(options.output).exists() and not Path(options.output).is_dir():
         raise ValueError(f"found {options.output}, which is no folder, expected one or a free name: change --output")
     for name in ("threads", "memory_gib"):
