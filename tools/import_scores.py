@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bliss.base.command import command
-from megatron_bliss.base.files import atomic_file, sha256_file, write_json
+from megatron_bliss.base.files import atomic_file, read_json, sha256_file, write_json
 from megatron_bliss.data.manifest import corpus_digest, read_manifest
 from megatron_bliss.selection.score_files import check_belongs, read_matched_scores, read_scores_column
 
@@ -57,11 +57,14 @@ def import_scores(options: argparse.Namespace) -> np.ndarray:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "scores.json"
-    record.unlink(missing_ok=True)  # it does not describe what is written next
+    found = {"corpus_digest": digest, "method": "import", "source": source, "column": options.column or None}
+    found |= {"id_columns": options.id_columns}
+    if record.is_file() and read_json(record) != found:
+        raise ValueError(f"found other scores in {folder}, expected a new folder or the same scores: change --output")
+    record.unlink(missing_ok=True)  # until its scores are there again
     with atomic_file(folder / "scores.npy") as stream:
         np.save(stream, scores, allow_pickle=False)
-    found = {"corpus_digest": digest, "method": "import", "source": source, "column": options.column or None}
-    write_json(record, found | {"id_columns": options.id_columns})
+    write_json(record, found)
     return scores
 
 

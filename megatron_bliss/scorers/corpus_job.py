@@ -117,7 +117,7 @@ def is_finished(folder: Path, record: dict) -> bool:
     different = [name for name in record if present.get(name) != record[name]]
     if different:
         raise ValueError(
-            f"found scores with another {different[0]} in {folder}, expected a new folder or the same scores: change "
-            "--output"
+            f"found scores in {folder} that differ in {' and '.join(different)} from those asked for, expected a new "
+            "folder or the same scores: change --output"
         )
     return True

@@ -73,7 +73,7 @@ def test_a_corpus_is_scored_unit_by_unit(corpus, scorer, small_blocks, tmp_path:
     assert record["corpus_digest"] == read_manifest(corpus)["digest"] and record["scorer"]["digest"] == scorer.digest
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.json", "scores.npy"]
     assert score_corpus(corpus, scorer, tmp_path / "out", ALONE, show=False)  # nothing is done twice
-    with pytest.raises(ValueError, match="another scorer .*change --output"):
+    with pytest.raises(ValueError, match="differ in scorer .*change --output"):
         score_corpus(corpus, scorer.with_long_documents("max"), tmp_path / "out", ALONE, show=False)
 
 

@@ -72,3 +72,13 @@ def test_what_cannot_be_taken_is_refused(scored, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(prefix, tmp_path / "short.npy", tmp_path / "s", "--id-columns", "file")
     assert "expected two names of columns such as file,line" in capsys.readouterr().err
+
+
+def test_finished_scores_of_another_kind_are_never_overwritten(scored, tmp_path, capsys) -> None:
+    prefix, scores = scored
+    output = tmp_path / "finished"
+    output.mkdir()
+    (output / "scores.json").write_text('{"scorer": 1}')
+    (output / "scores.npy").write_bytes(b"kept")
+    assert import_scores.main(["--corpus", prefix, "--scores", scores, "--output", str(output)]) == 1
+    assert "found other scores" in capsys.readouterr().err and (output / "scores.npy").read_bytes() == b"kept"
