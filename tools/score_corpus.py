@@ -15,9 +15,12 @@ domain, ...), lengths.npy (tokens) and rejected.jsonl. tools/subset_index.py sel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -30,11 +33,18 @@ from megatron_bliss.scorers.folder import ScorerFolder, load_scorer
 from megatron_bliss.scorers.job import Share
 from megatron_bliss.scorers.text_job import TextSettings, score_text
 from megatron_bliss.scorers.windows import LongDocuments
-from megatron_bliss.selection.command_line import add_policy_options, given_selection
+from megatron_bliss.selection.command_line import add_policy_options, given_selection, given_settings
 from megatron_bliss.selection.export import export_scored_text
 from megatron_bliss.selection.row_files import check_row_file
 from megatron_bliss.selection.scored_text import ScoredText
 from megatron_bliss.selection.select import apply_to_units, selection_lines
+
+
+def parse_device(text: str) -> str:
+    """The name of a device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected cpu, cuda or cuda:N")
+    return text
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,14 +60,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-bad-fraction", type=float, default=0.01, help="raw text: share of lines that may be set aside")
     add("--long-documents", choices=get_args(LongDocuments), help="in place of what the scorer says")
     add("--shard", type=parse_shard, help="i/n: score the i-th of n shares only, and do not wait for the others")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one; n-grams never need one)")
+    add(
+        "--device",
+        type=parse_device,
+        help="cpu, cuda, cuda:N (default: a GPU where there is one; n-grams need none)",
+    )
     add("--params-dtype", choices=["fp32", "bf16"], help="of a model's trunk (default: bf16 on a GPU, fp32 on a CPU)")
     add("--memory-gib", type=float, help="bound of a batch's activations (default: 4 on a GPU, 0.25 on a CPU)")
     add("--compile", action="store_true", help="fuse a model's element-wise work: half a minute, then faster")
     add("--threads", type=int, help="threads of a process (default: the cores there are, shared by the node's ranks)")
     add("--quiet", action="store_true", help="show no progress")
     add(
-        "--export", metavar="FILE", help="raw text: write the chosen documents: .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+        "--export",
+        metavar="FILE",
+        help="raw text: write the chosen documents to this .jsonl, .jsonl.gz, .jsonl.zst or .parquet, new or not",
     )
     add("--export-text", choices=["source", "none"], default="source", help="export: with their text, or lines alone")
     add("--seed", type=int, default=0, help="export: of all that a policy draws")
@@ -88,9 +104,8 @@ def prepared(found: ScorerFolder, options: argparse.Namespace) -> ScorerFolder:
     cuda = torch.cuda.is_available()
     device = torch.device(options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
     on_gpu = device.type == "cuda"
-    if not on_gpu:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    if on_gpu and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"found {torch.cuda.device_count()} GPUs, expected {device}: change --device")
     dtype = options.params_dtype or ("bf16" if on_gpu else "fp32")
     bound = options.memory_gib or (4.0 if on_gpu else 0.25)
     model = found.scorer.windows.model
@@ -99,11 +114,35 @@ def prepared(found: ScorerFolder, options: argparse.Namespace) -> ScorerFolder:
     return dataclasses.replace(found, scorer=scorer)
 
 
+@contextlib.contextmanager
+def threads(found: ScorerFolder, given: int | None) -> Iterator[None]:
+    """As many of them as asked for, or this rank's share of the cores, for as long as a model reads."""
+    if found.scorer.windows.kind != "model":
+        yield
+        return
+    import torch
+
+    from megatron_bliss.base.platform import set_threads
+
+    before = torch.get_num_threads()
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if given:
+        torch.set_num_threads(given)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def tokenizer_of(found: ScorerFolder) -> Tokenizer:
     """The tokenizer in the scorer's folder; ValueError where it is another one."""
-    if found.tokenizer is None:
-        raise ValueError(f"found no tokenizer in {found.path}, expected one: export the scorer again")
-    name = found.tokenizer.get("file")
+    name = found.tokenizer and found.tokenizer.get("file")
+    is_there = name and (Path(found.path) / Path(name).name).is_file()
+    if found.tokenizer is None or (found.tokenizer["kind"] != "bytes" and not is_there):
+        raise ValueError(
+            f"found no tokenizer file in {found.path}, expected the one of the corpus that the scorer was trained on: "
+            "copy the folder as a whole, or export the scorer again where that file is"
+        )
     return load_recorded_tokenizer(found.tokenizer, name and Path(found.path) / Path(name).name)
 
 
@@ -111,10 +150,11 @@ def run(options: argparse.Namespace) -> bool:
     """Score; whether the scores are there now."""
     found, folder, share = prepared(load_scorer(options.scorer), options), Path(options.output), share_of(options)
     show = not options.quiet and share.index == 0
-    if options.corpus:
-        return score_corpus(options.corpus, found, folder, share, show=show)
-    settings = TextSettings(options.input, options.json_keys, options.max_bad_fraction)
-    return score_text(settings, found, tokenizer_of(found), folder, share, show=show)
+    with threads(found, options.threads):
+        if options.corpus:
+            return score_corpus(options.corpus, found, folder, share, show=show)
+        settings = TextSettings(options.input, options.json_keys, options.max_bad_fraction)
+        return score_text(settings, found, tokenizer_of(found), folder, share, show=show)
 
 
 def check(options: argparse.Namespace) -> SelectionConfig | None:
@@ -125,7 +165,12 @@ def check(options: argparse.Namespace) -> SelectionConfig | None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"found --{name.replace('_', '-')} {value}, expected more than 0")
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise ValueError(f"found --max-bad-fraction {options.max_bad_fraction}, expected 0 to 1")
     if not options.export:
+        unused = given_settings(options)
+        if unused:
+            raise ValueError(f"found --{unused[0].replace('_', '-')} without --export, expected both or none of them")
         return None
     if options.corpus:
         raise ValueError(

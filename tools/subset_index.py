@@ -34,11 +34,17 @@ from megatron_bliss.selection.select import apply_policy, selection_lines
 def read_scores(path: str, prefix: str) -> np.ndarray:
     """Scores float[units] of exactly this corpus; ValueError when they belong to another one or were changed."""
     record_path = f"{path.removesuffix('.npy')}.json"
-    record = read_json(record_path)
-    digest = corpus_digest(prefix)
-    if record.get("corpus_digest") != digest:
+    if not os.path.isfile(record_path):
         raise ValueError(
-            f"{record_path} is for a corpus with digest {str(record.get('corpus_digest'))[:12]}, but {prefix} has "
+            f"found no {record_path}, expected it to say which corpus the scores are of: give the scores.npy of a run, "
+            "or take the scores in with tools/import_scores.py"
+        )
+    digest, found = corpus_digest(prefix), read_json(record_path).get("corpus_digest")
+    if found is None:
+        raise ValueError(f"{record_path} names no corpus, expected its digest: give scores of a corpus")
+    if found != digest:
+        raise ValueError(
+            f"{record_path} is for a corpus with digest {str(found)[:12]}, but {prefix} has "
             f"{digest[:12]}: score this corpus, or give the one that was scored"
         )
     scores = load_npy(path)

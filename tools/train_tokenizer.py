@@ -96,12 +96,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@command("train_tokenizer", (ValueError, FileNotFoundError))
+@command("train_tokenizer", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     if options.vocab_size <= NUM_BYTES + 2:
         raise ValueError(f"vocabulary of {options.vocab_size}, expected more than {NUM_BYTES + 2}: change --vocab-size")
+    if os.path.isdir(options.output):
+        raise ValueError(f"found a folder at {options.output}, expected the name of a file: change --output")
     corpus = texts(expand_inputs(options.input), options.json_keys, int(options.max_megabytes * 1e6))
     model = TRAINERS[options.tokenizer_type](corpus, options.vocab_size)
     os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -44,11 +46,31 @@ def _run(main: Callable[[], int], name: str, errors: tuple[type[Exception], ...]
     except errors as error:
         if isinstance(error, BrokenPipeError) and _is_abandoned(sys.stdout):
             raise
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {_described(error)}", file=sys.stderr, flush=True)
         return status
     finally:
         if sys.stdout is not None:  # Python has none where the process was started without
             sys.stdout.flush()
+
+
+_KINDS = {
+    errno.ENOENT: "found no {file}, expected it to be there: change its name, or make it",
+    errno.EISDIR: "found a folder at {file}, expected a file: change the name",
+    errno.ENOTDIR: "found a file on the way to {file}, expected folders: change the name",
+    errno.EEXIST: "found a file at {file}, expected a folder or a free name: change the name",
+    errno.EACCES: "found no permission for {file}, expected to read or write it: change its mode, or the name",
+    errno.EROFS: "found {file} on a file system that cannot be written, expected one that can: change the name",
+    errno.ENOSPC: "found no space left for {file}, expected some: free space, then give the command again",
+}
+"""What the system says of a file, in this program's words."""
+
+
+def _described(error: Exception) -> str:
+    """The text of an error; that of the system names the file, not its temporary name, and says what to change."""
+    if not isinstance(error, OSError) or error.errno not in _KINDS or error.filename is None:
+        return str(error)
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return _KINDS[error.errno].format(file=re.sub(r"\.\d+\.tmp$", "", file))
 
 
 def _is_abandoned(stream: io.TextIOBase) -> bool:

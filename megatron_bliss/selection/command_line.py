@@ -28,7 +28,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 def given_selection(options: argparse.Namespace, near_duplicates: float = 0.0) -> SelectionConfig:
     """The section selection that the options come to; ValueError where they cannot work."""
     known = merged_settings(POLICIES)
-    given = {name: getattr(options, name) for name in known if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in given_settings(options)}
     missing = [name for name in POLICIES[options.policy].required if name not in given]
     if missing:
         raise ValueError(f"policy {options.policy} needs --{missing[0].replace('_', '-')}")
@@ -36,6 +36,11 @@ def given_selection(options: argparse.Namespace, near_duplicates: float = 0.0) -
     selection = SelectionConfig(options.policy, near_duplicates=near_duplicates, settings=given | shares)
     check_selection(selection)
     return selection
+
+
+def given_settings(options: argparse.Namespace) -> list[str]:
+    """Settings of policies that the command line has."""
+    return [name for name in merged_settings(POLICIES) if getattr(options, name) is not None]
 
 
 def _parse_shares(setting: str, entries: list[str]) -> SHARES:

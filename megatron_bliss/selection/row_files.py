@@ -46,6 +46,8 @@ def export_rows(path: str | os.PathLike, rows: Iterable[Rows]) -> int:
 
 def check_row_file(path: str | os.PathLike) -> str:
     """The suffix of a file that rows can be written to; ValueError for another one."""
+    if Path(path).is_dir():
+        raise ValueError(f"found a folder at {path}, expected the name of a file: change --export")
     for suffix in _WRITERS:
         if Path(path).name.endswith(suffix) and Path(path).name != suffix:
             return suffix

@@ -63,7 +63,9 @@ def read_scores_column(
         name = _column(path, column, options.column)
         array = _told(path, kind.read, {name: NUMBER}).column(0)
         values, found = _numbers(array), f"{array.type}[{len(array)}]"
-    if values is None or values.dtype.kind not in "fiu" or values.shape != (units,):
+    if values is None:
+        raise ValueError(f"found {found} in column {name} of {path}, expected numbers: change {options.column}")
+    if values.dtype.kind not in "fiu" or values.shape != (units,):
         raise _not_one_each(found, path, units, of, options)
     return _finite(values, path)
 
@@ -202,7 +204,8 @@ def _column(path: str, column: str, option: str) -> str:
         return names[0]
     if column and has_column(path, names, column):
         return column
-    raise ValueError(f"found {option} {column!r}, expected one of {', '.join(names)}, as {path} has")
+    found = f"{option} {column!r}" if column else f"{len(names)} columns and no {option}"
+    raise ValueError(f"found {found}, expected one of {', '.join(names)}, as {path} has")
 
 
 def _numbers(array: pa.ChunkedArray) -> np.ndarray | None:

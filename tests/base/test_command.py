@@ -28,6 +28,9 @@ ENDS = {
     "wrong": lambda: int("x"),
     "wrong after a line": lambda: (print("a line"), int("x")),
     "gone": lambda: open("/nowhere/file"),
+    "a folder": lambda: open("/"),
+    "half written": lambda: open("/nowhere/file.123.tmp", "w"),
+    "told": lambda: (_ for _ in ()).throw(OSError("told by the program")),
     "bug": lambda: {}["x"],
     "a worker's pipe": other_pipe,
 }
@@ -75,7 +78,10 @@ def test_help_that_nobody_reads_ends_quietly() -> None:
     ("how", "said"),
     [
         ("wrong", "tool: invalid literal for int() with base 10: 'x'\n"),
-        ("gone", "tool: [Errno 2] No such file or directory: '/nowhere/file'\n"),
+        ("gone", "tool: found no /nowhere/file, expected it to be there: change its name, or make it\n"),
+        ("half written", "tool: found no /nowhere/file, expected it to be there: change its name, or make it\n"),
+        ("a folder", "tool: found a folder at /, expected a file: change the name\n"),
+        ("told", "tool: told by the program\n"),
         ("a worker's pipe", "tool: [Errno 32] Broken pipe\n"),  # not that of the output
     ],
 )

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_bliss.data.corpus_writer import CorpusWriter
+from megatron_bliss.data.indexed import IndexedCorpus, write_index
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.data.manifest import adopt_manifest, read_manifest
 from megatron_bliss.data.subset import write_subset
@@ -59,8 +60,6 @@ def small_blocks(monkeypatch) -> None:
 
 
 def expected(prefix: str, scorer: ScorerFolder) -> np.ndarray:
-    from megatron_bliss.data.indexed import IndexedCorpus
-
     corpus = IndexedCorpus(prefix)
     return np.concatenate([scorer.scorer.score(corpus[i], np.array([len(corpus[i])])) for i in range(len(corpus))])
 
@@ -82,6 +81,23 @@ def test_a_subset_is_scored_where_its_units_lie(corpus, scorer, small_blocks, tm
     subset = write_subset(corpus, ids, tmp_path / "subset", label="third")
     score_corpus(subset, scorer, tmp_path / "out", ALONE, show=False)
     assert np.array_equal(np.load(tmp_path / "out" / "scores.npy"), expected(corpus, scorer)[ids])
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a file with holes takes its whole size there")
+def test_units_beyond_two_and_four_gibibytes_are_read_where_they_lie(corpus, scorer, small_blocks, tmp_path) -> None:
+    """A .bin of 50 GB, almost all of it holes, with units about every boundary that a narrower number would have."""
+    small, size = IndexedCorpus(corpus), 50 * 10**9
+    places = [0, 2**31 - 2, 2**31 + 400, 2**32 - 2, 2**32 + 400, 2**35, size - 2 * int(small.lengths[6])]
+    with open(tmp_path / "far.bin", "wb") as stream:
+        for unit, place in enumerate(places):
+            stream.seek(place)
+            stream.write(small[unit].tobytes())
+        stream.truncate(size)
+    with open(tmp_path / "far.idx", "wb") as stream:
+        write_index(stream, small[0].dtype, small.lengths[: len(places)], np.array(places))
+    far = IndexedCorpus(tmp_path / "far")
+    scores = np.concatenate(list(corpus_job._scored(scorer.scorer, far, 0, len(places), lambda count: None)))
+    assert np.array_equal(scores, expected(corpus, scorer)[: len(places)])
 
 
 @pytest.mark.parametrize("shards", [2, 3])

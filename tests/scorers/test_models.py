@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_bliss.models.presets import Architecture
+from megatron_bliss.models.presets import PRESETS, Architecture
 from megatron_bliss.models.score import score_model_of
 from megatron_bliss.models.score_architecture import NgramArchitecture, ScoreArchitecture
 from megatron_bliss.scorers.models import ModelScorer, Reading, batch_tokens
 from megatron_bliss.scorers.scorer import NotFinite, Scorer
 from megatron_bliss.scorers.windows import cut
+from tools.benchmarks.measure import measure_peak
 
+CPU = torch.device("cpu")
 VOCABULARY = 50
 ARCHITECTURE = Architecture("gpt_neox", 2, 16, 32, 2, 2, VOCABULARY)
 
@@ -94,6 +98,23 @@ def test_scores_that_are_no_numbers_and_tokens_that_are_unknown_are_told(model, 
     assert caught.value.places.tolist() == expected
     with pytest.raises(ValueError, match=f"found token ids 0 to {VOCABULARY}, expected 0 to {VOCABULARY - 1}"):
         Scorer(ModelScorer(model), 100).score(np.array([0, VOCABULARY]), np.array([2]))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of resident memory are measured on Linux")
+@pytest.mark.parametrize("preset", ["pythia-14m", "pythia-31m"])
+def test_a_batch_takes_no_more_memory_than_its_bound(preset: str) -> None:
+    """Measured: the largest batch that the bound allows, of long windows and of short ones."""
+    gib = 0.25
+    model = score_model_of(ScoreArchitecture(PRESETS[preset]), "identity", None).requires_grad_(False)
+    places = batch_tokens(model, "fp32", gib)
+    scorer = ModelScorer(model, Reading(batch_tokens=places))
+    for window in (64, 1024):
+        lengths = np.full(places // window, window)
+        tokens = np.zeros(lengths.sum(), np.uint16)
+        scorer.score_windows(tokens[: 2 * window], cut(lengths[:2], window, "mean"))
+        windows = cut(lengths, window, "mean")
+        found = measure_peak(lambda windows=windows, tokens=tokens: scorer.score_windows(tokens, windows), CPU)
+        assert 0.5 * gib < found.peak / 2**30 < 1.03 * gib
 
 
 def test_more_memory_means_larger_batches(model) -> None:

@@ -86,8 +86,8 @@ def test_columns_that_are_no_numbers_or_not_there(tmp_path, suffix):
         with pytest.raises(ValueError, match="expected") as error:
             read_scores_column(path, column, 2)
         assert "\n" not in str(error.value) and path in str(error.value)
-    for column in ("score", ""):
-        with pytest.raises(ValueError, match=f"found --column '{column}', expected one of words, flags, holes, s, as "):
+    for column, found in (("score", "--column 'score'"), ("", "4 columns and no --column")):
+        with pytest.raises(ValueError, match=f"found {found}, expected one of words, flags, holes, s, as "):
             read_scores_column(path, column, 2)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.runs import run
 from tools import export_scorer, score_corpus
@@ -39,12 +40,13 @@ def test_a_scorer_gives_the_runs_own_scores(finished: Path, tmp_path: Path, arm:
     scorer = exported(finished, tmp_path, arm, "--round", "2", "--long-documents", "first")
     (shard,) = (finished / "shards").glob("pool.shard2-*.manifest.json")
     prefix = str(shard).removesuffix(".manifest.json")
-    output = str(tmp_path / "scored")
+    output, threads = str(tmp_path / "scored"), torch.get_num_threads()
     assert score_corpus.main(["--scorer", str(scorer), "--corpus", prefix, "--output", output, "--quiet"]) == 0
     found, expected = (
         np.load(path / "scores.npy") for path in (tmp_path / "scored", finished / arm / "round_02/score")
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert torch.get_num_threads() == threads
     if arm in ("dsir", "classifier"):
         assert np.array_equal(found, expected)
 
@@ -101,6 +103,16 @@ def test_what_cannot_be_scored_is_told_before_it_begins(finished: Path, tmp_path
     assert score_corpus.main([*arguments, "--input", "x.jsonl", "--export", "a.xml", "--fraction", "0.1"]) == 1
     assert score_corpus.main([*arguments, "--input", "x.jsonl", "--shard", "3/2"]) == 1
     assert score_corpus.main([*arguments, "--input", "x.jsonl", "--memory-gib", "-1"]) == 1
+    assert score_corpus.main([*arguments, "--input", "x.jsonl", "--max-bad-fraction", "2"]) == 1
+    capsys.readouterr()
+    assert score_corpus.main([*arguments, "--input", "x.jsonl", "--fraction", "0.1"]) == 1
+    assert "found --fraction without --export" in capsys.readouterr().err
+    (tmp_path / "folder.jsonl").mkdir()
+    there = ["--fraction", "0.1", "--export", str(tmp_path / "folder.jsonl")]
+    assert score_corpus.main([*arguments, "--input", "x.jsonl", *there]) == 1
+    assert "found a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score_corpus.main([*arguments, "--input", "x.jsonl", "--device", "gpu"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("")
     assert score_corpus.main([*arguments, "--input", "x.jsonl"]) == 1

@@ -23,7 +23,15 @@ def field_values(record: dict) -> tuple[str | None, ...]:
         values = (record.get("url"), record.get("domain"), record.get("format"), record.get("label"))
     else:
         values = (next((part[name] for part in (record, *nested) if name in part), None) for name in FIELDS)
-    return tuple(value if value is None or type(value) is str else orjson.dumps(value).decode() for value in values)
+    return tuple(value if value is None or type(value) is str else _text(value) for value in values)
+
+
+def _text(value: object) -> str:
+    """A value that is no string, as JSON; what JSON has no form for (columns of parquet files), as Python prints it."""
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except (TypeError, OverflowError):  # a number of more than 64 bits; values in each other
+        return str(value)
 
 
 def document_rows(lines: Sequence[int], values: Sequence[tuple[str | None, ...]]) -> pa.RecordBatch:

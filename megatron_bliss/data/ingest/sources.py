@@ -98,9 +98,13 @@ def expand_inputs(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES, o
     for path in files:
         if not path.endswith(suffixes):
             raise ValueError(f"{path} has an unknown suffix, expected one of {', '.join(suffixes)}: change {option}")
-    if len({os.path.realpath(path) for path in files}) < len(files):
-        repeated = next(path for path in files if files.count(path) > 1 or os.path.islink(path))
-        raise ValueError(f"{repeated} is given more than once, expected each file once: change {option}")
+    given: dict[str, str] = {}
+    for path in files:
+        real = os.path.realpath(path)
+        if real in given:
+            other = f" ({given[real]} is the same file)" if given[real] != path else ""
+            raise ValueError(f"{path} is given more than once{other}, expected each file once: change {option}")
+        given[real] = path
     return files
 
 

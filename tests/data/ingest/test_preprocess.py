@@ -1,9 +1,13 @@
+import datetime
 import gzip
 import json
 import os
+from decimal import Decimal
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -12,6 +16,7 @@ from megatron_bliss.base.files import sha256_file
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.ingest import sources, streams
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
+from megatron_bliss.data.ingest.provenance import field_values
 from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import read_provenance
 from megatron_bliss.data.subset import write_subset
@@ -197,6 +202,20 @@ def test_inputs_are_files_globs_and_folders_each_file_once(tmp_path):
         sources.expand_inputs([str(tmp_path / "in/readme.md")])
     with pytest.raises(ValueError, match="a.json is given more than once"):
         sources.expand_inputs([str(tmp_path / "in/a.json"), str(tmp_path / "in")])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for other in (str(tmp_path / "in/../in/a.json"), str(tmp_path / "link")):
+        with pytest.raises(ValueError, match="a.json is given more than once .*in/a.json is the same file"):
+            sources.expand_inputs([str(tmp_path / "in/a.json"), other])
+
+
+def test_columns_that_json_has_no_form_for_are_kept_as_text(tmp_path):
+    """Bytes, decimals, times, and numbers of more than 64 bits, on their own and inside of metadata."""
+    for number, value in enumerate([b"\xff\x00", Decimal("1.5"), datetime.timedelta(1)]):
+        file = str(tmp_path / f"{number}.parquet")
+        pq.write_table(pa.Table.from_pylist([{"text": "a", "metadata": {"url": value, "label": value}}]), file)
+        (found,) = next(sources.read_documents(file, ["text"])).values
+        assert found[0] == found[3] == json.dumps(str(value))
+    assert field_values({"label": 1 << 70})[3] == str(1 << 70)
 
 
 def test_lines_are_whole_whatever_the_block(tmp_path, monkeypatch):
