@@ -106,10 +106,15 @@ def _recorded_file(run: str) -> str | None:
     """Where the manifest of the run's corpus says that the tokenizer was."""
     import yaml
 
-    from megatron_bliss.data.manifest import read_manifest
+    from megatron_bliss.data.manifest import manifest_path, read_manifest
 
-    config = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
-    return (read_manifest(config["data"]["train_prefix"])["tokenizer"] or {}).get("file")
+    prefix = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))["data"]["train_prefix"]
+    if not os.path.isfile(manifest_path(prefix)):
+        raise ValueError(
+            f"found no corpus {prefix} from here, expected the run's, which names its tokenizer's file: go to the "
+            "folder that the run was started in, or give --tokenizer-model"
+        )
+    return (read_manifest(prefix)["tokenizer"] or {}).get("file")
 
 
 @command("export_scorer", (ValueError, OSError))

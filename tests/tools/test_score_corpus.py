@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from tests.runs import run
 from tools import export_scorer, score_corpus
@@ -79,6 +81,18 @@ def test_documents_of_raw_text_are_chosen(finished: Path, tmp_path: Path, capsys
     assert sorted(np.float32(row["score"]) for row in rows) == pytest.approx(best.tolist())
     assert len(pq.read_table(tmp_path / "scored" / "provenance.parquet")) == len(scores) == 50
     assert "10 of 50 documents" in capsys.readouterr().out
+
+
+def test_a_run_whose_corpus_is_not_in_sight_asks_for_the_tokenizer(finished: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "bliss", run / "bliss")
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["data"]["train_prefix"] = "elsewhere/pool"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    scorer = run / "bliss/round_01/score/scorer/scorer.json"
+    scorer.write_text(scorer.read_text().replace('"kind": "bytes"', '"kind": "huggingface"'))
+    assert export_scorer.main([str(run), "--round", "1", "--output", str(tmp_path / "scorer")]) == 1
+    assert "found no corpus elsewhere/pool from here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
