@@ -41,9 +41,10 @@ def runs_of(study: Path, output: Path) -> list[StudyRun]:
 
 
 def untimed(content: object) -> object:
-    """All but what a clock said."""
+    """All but what a clock said, and how much memory a process took."""
     if isinstance(content, dict):
-        return {name: untimed(value) for name, value in content.items() if "seconds" not in name}
+        measured = ("seconds", "peak_bytes")
+        return {name: untimed(value) for name, value in content.items() if not any(one in name for one in measured)}
     return [untimed(value) for value in content] if isinstance(content, list) else content
 
 
@@ -52,7 +53,7 @@ def points_of(output: Path) -> dict:
 
 
 def test_all_points_are_written(given: Path, finished: Path) -> None:
-    study = points_of(finished)
+    study = json.loads((finished / "study.json").read_text())
     assert (study["control"], study["guided"], study["other"]) == ("hard/random", ["held"], ["held_other"])
     places = [(point["seed"], point["variant"], point["arm"]) for point in study["points"]]
     assert places == [(seed, variant, arm) for seed in (1, 2) for variant in VARIANTS for arm in ("random", "dsir")]
@@ -63,6 +64,7 @@ def test_all_points_are_written(given: Path, finished: Path) -> None:
         own = [stage["flops"] for stage in summary["stages"] if stage["arm"] in (point["arm"], "shared")]
         assert "warmup proxy" not in {stage["stage"] for stage in summary["stages"]}  # none of these arms needs a model
         assert point["cost"]["flops"][-1][1] == pytest.approx(sum(own))
+        assert 0 < point["peak_bytes"]["selection"] <= point["peak_bytes"]["all"]
     page = (finished / "study.md").read_text()
     assert page == format_study(json.loads((finished / "study.json").read_text()), "pareto.png")
     assert all(f"## At {reading}" in page for reading in ("equal tokens", "equal total compute"))
