@@ -238,8 +238,12 @@ def test_only_unknown_arms_are_refused(given: Path, tmp_path: Path) -> None:
         study_runs(read_study(given), tmp_path, only=["mates"])
 
 
-def test_a_folder_at_work_is_left_alone(given: Path, tmp_path: Path) -> None:
-    with open(tmp_path / "lock", "w") as lock:
+def test_a_seed_at_work_is_left_alone(given: Path, tmp_path: Path) -> None:
+    """Other seeds of the same folder can be run meanwhile, on machines of their own."""
+    folder = tmp_path / "runs" / f"seed_{read_study(given).seeds[-1]}"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run(given, tmp_path)
-    assert result.returncode == 1 and f"found {tmp_path} at work" in result.stderr and not (tmp_path / "runs").exists()
+    assert result.returncode == 1 and f"found {folder} at work" in result.stderr
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}
