@@ -1,6 +1,7 @@
 """The launch configurations: each one loads, divides over its ranks, and its target builds and runs when narrowed."""
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -98,9 +99,8 @@ def is_prepared(prefix: Path) -> bool:
     """Whether a script makes this corpus or set; sets of passages and items have the names of the files it is given."""
     folder = "c4" if prefix.parent.name.startswith("c4-") else f"studies/{prefix.parent.name}"
     script, name = (EXAMPLES / folder / "prepare.sh").read_text(), prefix.name
-    made = (f"prepare {name} ", f'/{name}"', f'/{name.partition("_")[0]}"')
     is_half = name.startswith(("heldout_", "guide_")) or name.endswith(("_heldout", "_guide"))
-    return is_half or any(text in script for text in made)
+    return is_half or re.search(rf"\b{name}\b", script) is not None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,8 @@ def is_prepared(prefix: Path) -> bool:
         "studies/inputs.sh",
         "studies/arms_small/prepare.sh",
         "studies/scores_small/prepare.sh",
+        "studies/corpora/prepare.sh",
+        "studies/corpora/run.sh",
     ],
 )
 def test_scripts_are_valid_shell(script: str) -> None:
