@@ -49,9 +49,9 @@ def runs_of(study: Path, output: Path) -> list[StudyRun]:
 
 
 def untimed(content: object) -> object:
-    """All but what a clock said."""
+    """All but what a clock or the system's count of memory said."""
     if isinstance(content, dict):
-        return {name: untimed(value) for name, value in content.items() if "seconds" not in name}
+        return {name: untimed(value) for name, value in content.items() if not name.endswith(("seconds", "peak_bytes"))}
     return [untimed(value) for value in content] if isinstance(content, list) else content
 
 
@@ -87,6 +87,8 @@ def test_all_points_are_written(given: Path, finished: Path) -> None:
         own = [stage["flops"] for stage in summary["stages"] if stage["arm"] in (point["arm"], "shared")]
         assert "warmup proxy" not in {stage["stage"] for stage in summary["stages"]}  # none of these arms needs a model
         assert point["cost"]["flops"][-1][1] == pytest.approx(sum(own))
+    trained = [(one["flops"] > 0, one["tokens"]) for one in study["stages"] if one["stage"] == "pretrain"]
+    assert trained == [(True, 8 * 4 * 32)] * len(places)
     page = (finished / "study.md").read_text()
     assert page == format_study(json.loads((finished / "study.json").read_text()), "pareto.png")
     assert all(f"## At {reading}" in page for reading in ("equal tokens", "equal total compute"))
