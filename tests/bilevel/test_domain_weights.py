@@ -80,8 +80,13 @@ def sample_by_sample(case: str, intervals: tuple[int, ...]) -> list[dict[str, fl
     return lines
 
 
-def on_ranks(rank: int, world_size: int, case: str) -> list[dict[str, float]]:
-    return logged(make(case, World(dist.group.WORLD, rank, world_size, torch.device("cpu"))), (2, 3))
+ON_RANKS = {"two lower steps": (2, 3), "fewer samples than ranks": (2, 3), "published": (1,)}
+"""Case -> intervals; published has score models that depend on the number of ranks once they have moved."""
+
+
+def on_ranks(rank: int, world_size: int) -> dict[str, list[dict[str, float]]]:
+    world = World(dist.group.WORLD, rank, world_size, torch.device("cpu"))
+    return {case: logged(make(case, world), intervals) for case, intervals in ON_RANKS.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,24 +99,12 @@ def test_a_line_has_the_mean_over_every_sample_of_its_interval(case: str) -> Non
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("case", ["two lower steps", "fewer samples than ranks"])
-def test_ranks_log_what_one_process_logs(case: str, world_size: int) -> None:
-    results = run_distributed(on_ranks, world_size, case)
-    for found in results:
-        assert found == results[0]  # to the last bit, as any rank's state may be saved
-        for ours, theirs in zip(found, sample_by_sample(case, (2, 3)), strict=True):
+def test_ranks_log_what_one_process_logs(world_size: int) -> None:
+    results = run_distributed(on_ranks, world_size)
+    assert all(found == results[0] for found in results)  # to the last bit, as any rank's state may be saved
+    for case, intervals in ON_RANKS.items():
+        for ours, theirs in zip(results[0][case], sample_by_sample(case, intervals), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-10) and set(ours) == set(theirs)
-
-
-def test_ranks_of_the_published_steps_log_their_common_means() -> None:
-    """Its score models depend on the number of ranks: what is compared is the first step, before they move."""
-    found = run_distributed(on_first_step, 2)
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx(sample_by_sample("published", (1,))[0], rel=1e-10)
-
-
-def on_first_step(rank: int, world_size: int) -> dict[str, float]:
-    return logged(make("published", World(dist.group.WORLD, rank, world_size, torch.device("cpu"))), (1,))[0]
 
 
 @pytest.mark.parametrize("case", ["two lower steps", "published"])
