@@ -21,7 +21,7 @@ def _figure(run: RunData, arm: str) -> str:
     if not last:
         return ""
     told = sorted(sorted(last, key=lambda name: -abs(last[name] - 1))[: len(SERIES)], key=lambda name: -last[name])
-    others = [name for name in last if name not in told]
+    others = sorted((name for name in last if name not in told), key=lambda name: -last[name])
     lines, boundaries = [], {}
     for name in [*others, *told]:  # those told apart are drawn over the others
         for number, (x, y) in curves[name].items():
@@ -30,15 +30,16 @@ def _figure(run: RunData, arm: str) -> str:
             boundaries[f"round {number}"] = min(x[0], boundaries.get(f"round {number}", x[0]))
     marks = Marks(boundaries if len(boundaries) > 1 else {}, level=1.0)
     svg = line_chart(lines, title=f"domain weights {arm}", x_label="upper step", marks=marks, wide=True)
-    legend = {f"{name} ({last[name]:.2f})": color for color, name in enumerate(told)}
-    return figure(f"Weights of domains, {arm}", _caption(len(others)), svg, legend)
+    labels = {name: f"{name} ({value:.2f})" for name, value in last.items()}
+    caption = _caption([labels[name] for name in others])
+    return figure(f"Weights of domains, {arm}", caption, svg, {labels[name]: told.index(name) for name in told})
 
 
-def _caption(num_others: int) -> str:
+def _caption(others: list[str]) -> str:
     text = (
         "Mean of n P over a domain's samples since the point before; dashed: 1, as much as an average sample. "
         "In brackets: the last value."
     )
-    if num_others:
-        text += f" Grey: {num_others} more domains that end closer to 1."
+    if others:
+        text += f" Grey, as they end closer to 1: {', '.join(others)}."
     return escape(text)
