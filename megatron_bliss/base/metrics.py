@@ -19,6 +19,8 @@ from megatron_bliss.base.files import atomic_file
 
 KEYS = ("time", "arm", "round", "stage", "step")
 """Keys of every line; all others are metrics."""
+DOMAIN_WEIGHT = "domain_weight_"
+"""Begins the metric that tells what a domain's samples weigh; the domain's name follows, which may be any text."""
 
 
 def read_metrics(path: Path | str) -> list[dict]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_bliss.bilevel.domain_weights import DomainWeights
 from megatron_bliss.bilevel.weights.weighting import GlobalBatch, Weighting, weight_metrics
 
 PATIENCE = 5
@@ -89,22 +90,29 @@ def batch_metrics(
     kl: float,
     batch: GlobalBatch,
     weighting: Weighting,
+    domains: DomainWeights,
 ) -> Values:
-    """What to log of a batch with P_i, s_i and l_i [b] on this rank, and a mean KL; in one small all-reduce."""
+    """What to log of a batch with P_i, s_i and l_i [b] on this rank, and a mean KL; in one small all-reduce.
+
+    What ``domains`` have seen of their interval goes with it.
+    """
     n, p, s, losses = batch.num_samples, weights.double(), scores.double(), losses.double()
     size = p.abs()
     logs = size.clamp(min=torch.finfo(size.dtype).tiny).log()  # 0 log 0 = 0
     of_weights = [-(size * logs).sum(), (p * p).sum(), size.sum(), p.sum()]
     sums = torch.stack([losses.sum() / n, s.sum() / n, (s * s).sum() / n, *of_weights])
+    count, sums = len(of_weights), torch.cat((sums, domains.own_sums(sums.device)))
     if batch.group is not None:
         dist.all_reduce(sums, group=batch.group)
-    train_loss, mean, second_moment, *weight_sums = sums.tolist()
+    train_loss, mean, second_moment, *rest = sums.tolist()
+    domains.take(rest[count:])
     return {
         "train_loss": train_loss,
         "kl": kl,
-        **weight_metrics(weighting, n, *weight_sums),
+        **weight_metrics(weighting, n, *rest[:count]),
         "score_mean": mean,
         "score_std": max(0.0, second_moment - mean * mean) ** 0.5,
+        **domains.metrics(),
     }
 
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bliss.base.parallel import all_gather
+from megatron_bliss.bilevel.domain_weights import DomainWeights
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.hypergradient import score_batch
 from megatron_bliss.bilevel.monitors import Limits, Monitors, batch_metrics, check_replicas
@@ -73,7 +74,9 @@ class PublishedTrainer:
         train: BatchSchedule,
         validation: BatchSchedule,
         world: World,
+        domains: DomainWeights | None = None,
     ) -> None:
+        """``domains``: of the units of ``train``, whose weights in lower steps are logged; None: of none."""
         self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
         self.train, self.validation, self.world = train, validation, world
         self.proxy_optimizer = Optimizer(proxy, config.proxy_optimizer, config.upper_iters * config.lower_iters)
@@ -81,6 +84,7 @@ class PublishedTrainer:
         self.score_optimizer = Optimizer(score_model, unclipped, config.upper_iters)
         sigmoid = score_model.activation == "sigmoid"
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
+        self.domains = domains or DomainWeights()
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
@@ -105,12 +109,13 @@ class PublishedTrainer:
     def watch(self, values: dict[str, float]) -> list[str]:
         """Warnings that have become due with what the last step logged; collective.
 
-        Raises where a number is not finite or replicas differ.
+        Means over steps since the last call start anew. Raises where a number is not finite or replicas differ.
         """
         flat = torch.nn.utils.parameters_to_vector
         models = {"proxy": self.proxy, "score model": self.score_model}
         replicas = {name: flat(model.parameters()).detach() for name, model in models.items()}
         check_replicas(replicas, self.world.world_group)
+        self.domains.begin_interval()
         return self.monitors.observe(self.steps_done, values)
 
     def learned(self) -> dict[str, Any]:
@@ -120,13 +125,14 @@ class PublishedTrainer:
     def state_dict(self) -> dict:
         """Everything that the next step depends on; z starts anew in each."""
         parts = {name: getattr(self, name).state_dict() for name in _STATE}
-        return {"steps_done": self.steps_done, **parts}
+        return {"steps_done": self.steps_done, "domains": self.domains.state_dict(), **parts}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from ``state_dict()``."""
         self.steps_done = int(state["steps_done"])
         for name in _STATE:
             getattr(self, name).load_state_dict(state[name])
+        self.domains.load_state_dict(state.get("domains"))  # states of before they were logged have none
 
     def _lower_step(self, batch: Batch) -> dict[str, float]:
         """One AdamW step of the proxy; what to log of its batch."""
@@ -134,8 +140,10 @@ class PublishedTrainer:
         gradient = torch.autograd.grad(found.loss, list(self.proxy.parameters()))
         _, rate = self.proxy_optimizer.step(_named(self.proxy, self._means(gradient)))
         kl = 0.0 if found.kl is None else self._mean(found.kl)
-        batch = GlobalBatch(self.config.global_batch_size, group)
-        metrics = batch_metrics(found.weights, found.scores, found.losses.detach(), kl, batch, WEIGHTINGS["softmax"])
+        of_batch = GlobalBatch(self.config.global_batch_size, group)
+        self.domains.see(batch.unit_ids, found.weights, of_batch.num_samples)
+        of_samples = found.weights, found.scores, found.losses.detach()
+        metrics = batch_metrics(*of_samples, kl, of_batch, WEIGHTINGS["softmax"], self.domains)
         return {"lower_loss": self._mean(found.loss), "lr": rate, "residual": float("nan"), **metrics}
 
     def _solve(self, outer: Batch, b: Sequence[Tensor]) -> list[Tensor]:

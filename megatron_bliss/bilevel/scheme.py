@@ -23,7 +23,8 @@ class Scheme:
     """One way to carry out a bilevel stage."""
 
     trainer: Callable[..., Any]
-    """The arguments of ``BilevelTrainer`` -> a trainer with its methods, monitors, and what it has learned."""
+    """The arguments of ``BilevelTrainer`` -> a trainer with its methods, monitors, and what it has learned; no domains
+    where no score model gives weights."""
     flops: Callable[[BilevelConfig, Architecture, Architecture, int, ScoreArchitecture], float]
     """(options, proxy, target, sequence length, score model) -> model FLOPs of the stage in one round."""
     batches: Callable[[BilevelConfig], int]

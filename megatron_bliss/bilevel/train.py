@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_bliss.base.platform import DTYPES
 from megatron_bliss.bilevel import curvature, vector
+from megatron_bliss.bilevel.domain_weights import DomainWeights
 from megatron_bliss.bilevel.execution import Execution
 from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.head import Teacher
@@ -102,8 +103,12 @@ class BilevelTrainer:
         train: BatchSchedule,
         validation: BatchSchedule,
         world: World,
+        domains: DomainWeights | None = None,
     ) -> None:
-        """``teacher(tokens[b, s])``: the frozen target's hidden states for this rank's samples; None without KL."""
+        """``teacher(tokens[b, s])``: the frozen target's hidden states for this rank's samples; None without KL.
+
+        ``domains``: of the units of ``train``, whose weights are logged; None: of none.
+        """
         self.config, self.proxy, self.score_model, self.teacher = config, proxy, score_model, teacher
         self.train, self.validation, self.world = train, validation, world
         lower_steps = config.upper_iters * config.lower_iters
@@ -121,6 +126,7 @@ class BilevelTrainer:
         self.weighting = WEIGHTINGS[config.weights]
         sigmoid = score_model.activation == "sigmoid" and not self.weighting.of_raw_scores
         self.monitors = Monitors(Limits(config.global_batch_size, config.kl_warning_threshold, sigmoid))
+        self.domains = domains or DomainWeights()
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
@@ -174,10 +180,11 @@ class BilevelTrainer:
     def watch(self, values: dict[str, float]) -> list[str]:
         """Warnings that have become due with what the last step logged; collective.
 
-        Raises where a number is not finite or replicas differ.
+        Means over steps since the last call start anew. Raises where a number is not finite or replicas differ.
         """
         replicas = {"proxy": _flat(self.proxy), "score model": _flat(self.score_model), "z": self.z}
         check_replicas(replicas | self.upper.replicas(), self.world.world_group)
+        self.domains.begin_interval()
         return self.monitors.observe(self.steps_done, values)
 
     def learned(self) -> dict[str, Any]:
@@ -197,6 +204,7 @@ class BilevelTrainer:
             "solver": self.solver.state_dict(),
             "monitors": self.monitors.state_dict(),
             "upper": self.upper.state_dict(),
+            "domains": self.domains.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -210,6 +218,7 @@ class BilevelTrainer:
         self.solver = SolverState.from_state_dict(state["solver"])
         self.monitors.load_state_dict(state["monitors"])
         self.upper.load_state_dict(state.get("upper", {}))  # states of before there was a choice have none
+        self.domains.load_state_dict(state.get("domains"))
 
     def _lower_step(self, number: int) -> None:
         """One AdamW step on G alone (eq. 3), with the weights of its own batch."""
@@ -223,6 +232,7 @@ class BilevelTrainer:
         size, raw = self.execution.micro_batch_size, self.weighting.of_raw_scores
         scores = score_batch(self._score_passes.refresh(), batch, micro_batch_size=size, raw=raw)  # [b]
         weights = self.weighting.weights(scores, self._global_batch(batch))
+        self.domains.see(batch.unit_ids, weights, self.config.global_batch_size)
         return _Sample(batch, scores, weights, self.teacher(batch.tokens) if self.teacher else None)
 
     def _global_batch(self, batch: Batch) -> GlobalBatch:
@@ -261,7 +271,8 @@ class BilevelTrainer:
 
     def _batch_metrics(self, sample: _Sample, walk: curvature.CurvatureProduct) -> dict[str, float]:
         batch, kl = self._global_batch(sample.batch), float(walk.kl)
-        return batch_metrics(sample.weights, sample.scores, walk.sample_losses, kl, batch, self.weighting)
+        of_samples = sample.weights, sample.scores, walk.sample_losses
+        return batch_metrics(*of_samples, kl, batch, self.weighting, self.domains)
 
 
 @dataclass(frozen=True)

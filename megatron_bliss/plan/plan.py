@@ -90,11 +90,8 @@ def make_plan(
     not fit each other or the layout; data that is not there yet is listed under ``not_ready``.
     """
     check_options(config)
-    vocabulary, source = plan_vocabulary(config, vocab_size)
-    target = configured_architecture("target", config.target, vocabulary)
-    proxy = configured_architecture("proxy", config.proxy, vocabulary)
-    score = FAMILIES[config.score.family].architecture(config.score, proxy)
-    models = Models(target, proxy, score)
+    models, source = _models(config, vocab_size)
+    target, proxy, score = models.target, models.proxy, models.score
     layout, warnings = _layout(config, machine, target)
     corpus = plan_corpus(config, corpus_tokens)
     stages = [_timed(record, config, machine, models) for record in _stages(config, models, corpus)]
@@ -116,6 +113,23 @@ def make_plan(
         "data": data,
         "disk": disk_plan(config, corpus, target, proxy, score),
     }
+
+
+def planned_stages(config: Config) -> list[dict]:
+    """Every stage of a run as {arm, round, stage, tokens, flops}, named as ``summary.json`` names them.
+
+    tokens: those that a model trains on, draws or reads, every sample of the small models' batches taken as
+    ``data.seq_length`` long.
+    """
+    return list(_stages(config, _models(config, None)[0], plan_corpus(config, None)))
+
+
+def _models(config: Config, vocab_size: int | None) -> tuple[Models, str]:
+    """The architectures, and where their vocabulary is from."""
+    vocabulary, source = plan_vocabulary(config, vocab_size)
+    target = configured_architecture("target", config.target, vocabulary)
+    proxy = configured_architecture("proxy", config.proxy, vocabulary)
+    return Models(target, proxy, FAMILIES[config.score.family].architecture(config.score, proxy)), source
 
 
 def _model(arch: Architecture) -> dict:

@@ -11,10 +11,10 @@ from megatron_bliss.base.text import format_bytes, format_flops, format_seconds
 from megatron_bliss.config.stages import ROUND_STAGES, WARMUP_STAGES
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
 
-KEYS = ("seconds", "peak_bytes", "flops", "evaluation_seconds", "needs", "drift")
+KEYS = ("seconds", "peak_bytes", "flops", "evaluation_seconds", "needs", "drift", "domain_weights")
 """What a record takes from ``done.json``; evaluation_seconds: the part of seconds in which a target was measured;
 needs: folders of the stages that it required; drift: of a score stage, how far its scorer is from the one
-of the round before."""
+of the round before; domain_weights: {domain: mean of n P_i} at the end of a bilevel stage."""
 STAGE_ORDER = ("warmup", *(f"warmup {name}" for name in WARMUP_STAGES), *ROUND_STAGES)
 
 

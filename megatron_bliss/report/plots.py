@@ -37,7 +37,7 @@ _WIDE, _HALF = 10.2, 4.95
 
 class Line(NamedTuple):
     """One curve: values that are not finite are gaps; ``color`` counts from 0; ``smooth`` adds a running mean;
-    ``error`` gives half the height of a band around it."""
+    ``error`` gives half the height of a band around it; ``faint`` lines stand behind the others, in one pale colour."""
 
     label: str
     x: Sequence[float]
@@ -46,6 +46,7 @@ class Line(NamedTuple):
     markers: bool = False
     smooth: bool = False
     error: Sequence[float] | None = None
+    faint: bool = False
 
 
 class Marks(NamedTuple):
@@ -125,10 +126,10 @@ def _scale_y(axes, lines: Sequence[Line], level: float | None, skip_start: float
 
 
 def _draw(axes, line: Line) -> None:
-    color = SERIES[line.color % len(SERIES)]
+    color = INK if line.faint else SERIES[line.color % len(SERIES)]
     smooth = line.smooth and len(line.y) > 20
     marker = "o" if line.markers and len(line.x) <= 60 or len(line.x) == 1 else None
-    alpha, width = (0.3, 0.8) if smooth else (1.0, 1.4)
+    alpha, width = (0.3, 0.8) if smooth or line.faint else (1.0, 1.4)
     axes.plot(line.x, line.y, color=color, alpha=alpha, linewidth=width, marker=marker, markersize=3)
     if line.error is not None:
         low, high = ([y + sign * e for y, e in zip(line.y, line.error, strict=True)] for sign in (-1, 1))

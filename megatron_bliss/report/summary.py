@@ -19,9 +19,7 @@ from megatron_bliss.report.gains import HeldOut, gains, loss_warnings
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
 from megatron_bliss.report.task_summary import (
     Measured,
-    bits_curves,
-    perplexity_curves,
-    task_curves,
+    all_task_curves,
     task_facts,
     task_speedup,
 )
@@ -45,7 +43,8 @@ def build_summary(
     evaluations: per arm the measurements of its target in order, each {"iteration": int, "tokens": int, "losses":
         {test set: loss}}; the shared warm-up's stand at the start of every arm. The first test set is the headline.
         Where they have a "round" (0: the warm-up), the arm has a ``cost``.
-    stages: records as :func:`read_stages` returns them.
+    stages: records as :func:`read_stages` returns them. Those of bilevel stages give their arm
+        ``domain_weights``, where the corpus has domains: {round: {domain: mean of n P_i at the end of the stage}}.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
     task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks``, ``perplexities`` and
@@ -57,9 +56,10 @@ def build_summary(
         arm: _arm_summary(measured) | {"cost": cost_curves(measured, stages, arm)}
         for arm, measured in evaluations.items()
     }
+    for arm, rounds in _domain_weights(stages).items():
+        arms[arm] |= {"domain_weights": rounds}
     for arm, measured in task_results.items():
-        arms[arm] |= {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
-        arms[arm]["bits_per_byte"] = bits_curves(measured)
+        arms[arm] |= all_task_curves(measured)
     losses = {arm: content["losses"] for arm, content in arms.items()}
     test_sets = list(losses.get(CONTROL, {}))
     speedups = {name: speedup(losses[CONTROL][name], losses.get(CHOSEN, {}).get(name, [])) for name in test_sets}
@@ -83,7 +83,7 @@ def build_summary(
             "selected": selected.get(CHOSEN, next(iter(selected.values()), {})),
         },
         "domains_by_field": domains_by_field,
-        "stages": [dict(record) for record in stages],
+        "stages": [{key: value for key, value in one.items() if key != "domain_weights"} for one in stages],
         "seed": seed,
         "versions": dict(package_versions() if versions is None else versions),
         "config_digest": config_digest(config_text),
@@ -101,6 +101,14 @@ def _arm_summary(measured: Sequence[Mapping]) -> dict:
         "losses": losses,
         "iterations": [one["iteration"] for one in measured],
     }
+
+
+def _domain_weights(stages: Sequence[Mapping]) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for one in stages:
+        if one.get("domain_weights"):
+            found.setdefault(one["arm"], {})[str(one["round"])] = one["domain_weights"]
+    return found
 
 
 def package_versions() -> dict[str, str]:

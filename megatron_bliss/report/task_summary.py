@@ -43,6 +43,12 @@ def bits_curves(measured: Sequence[Mapping]) -> dict[str, list[list[float]]]:
     return curves
 
 
+def all_task_curves(measured: Sequence[Mapping]) -> dict[str, dict]:
+    """What an arm of a summary has of its tasks."""
+    curves = {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
+    return curves | {"bits_per_byte": bits_curves(measured)}
+
+
 def task_facts(measured: Measured) -> dict:
     """What the numbers are: lm-eval's version, and per task its metric, items and data file; {} without results."""
     results = [one["result"] for points in measured.values() for one in points]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from megatron_bliss.report.domain_weights import domain_weight_figures
 from megatron_bliss.report.parts import figure, pairs, section
 from megatron_bliss.report.plots import Line, Marks, line_chart
 from megatron_bliss.report.run_data import RunData, joined
@@ -49,7 +50,7 @@ def bilevel_section(run: RunData) -> str:
     charts = _bilevel_charts(run.option("bilevel", "global_batch_size"))
     figures = [_curve_figure(run, "bilevel", arms, chart) for chart in charts]
     note = "How the score model learnt. Pale: what was logged; line: its running mean. Thin verticals: rounds."
-    return section("Bilevel optimisation", note, pairs(figures))
+    return section("Bilevel optimisation", note, pairs(figures), *domain_weight_figures(run))
 
 
 def _bilevel_charts(batch_size: int | None) -> list[Chart]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bliss.base.parallel import failing_together
+from megatron_bliss.base.parallel import broadcast_object, failing_together
 from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.config.data import DataConfig
 from megatron_bliss.data.batches import BatchSource, open_labelled
@@ -21,6 +21,7 @@ from megatron_bliss.data.manifest import read_manifest
 from megatron_bliss.data.provenance import provenance_codes
 from megatron_bliss.data.splits import PARTS, parse_split, split_bounds
 from megatron_bliss.data.subset import write_subset
+from megatron_bliss.data.unit_groups import UnitGroups, group_units
 from megatron_bliss.run.session import Session, derive_seed
 
 PROVENANCE_FIELDS = ("domain", "format", "label")
@@ -69,6 +70,22 @@ def shard_prefix(session: Session, round_number: int) -> str:
     """The shard of a round (0: the warm-up's)."""
     folder = session.folder.path / "shards"
     return str(folder / session.folder.require(folder, "any other stage")["prefixes"][round_number])
+
+
+def shard_domains(session: Session, round_number: int) -> UnitGroups | None:
+    """The domains of a round's shard, in all rounds the same: the most frequent of the whole corpus, and the rest.
+
+    None where the corpus knows no domains, or a single one. The file is read by the main rank; collective.
+    """
+    folder = session.folder.path / "shards"
+    shares = session.folder.require(folder, "any other stage").get("domains", {}).get(PROVENANCE_FIELDS[0], {})
+    if len(shares) < 2:
+        return None
+    found = None
+    with failing_together(session.groups):
+        if session.groups.is_main:
+            found = group_units(shard_prefix(session, round_number), PROVENANCE_FIELDS[0], list(shares))
+    return broadcast_object(found, session.groups)
 
 
 def open_guide(session: Session) -> BatchSource:

@@ -19,6 +19,7 @@ from megatron_bliss.base import checkpoint
 from megatron_bliss.base.files import read_json, sha256_file, write_json
 from megatron_bliss.base.parallel import failing_together
 from megatron_bliss.base.platform import DTYPES
+from megatron_bliss.bilevel.domain_weights import DomainWeights
 from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
 from megatron_bliss.bilevel.monitors import validation_advice
 from megatron_bliss.bilevel.teacher import TargetTeacher
@@ -34,7 +35,7 @@ from megatron_bliss.models.flops import proxy_warmup_flops
 from megatron_bliss.models.loop import Trainer
 from megatron_bliss.models.score import ScoreModel, build_score_model, describe, saved_score_model
 from megatron_bliss.models.transformer import LanguageModel, build_lm
-from megatron_bliss.run.corpora import open_guide, open_upper_level, shard_prefix, shares_by_field
+from megatron_bliss.run.corpora import open_guide, open_upper_level, shard_domains, shard_prefix, shares_by_field
 from megatron_bliss.run.order import round_tokens, selection_of
 from megatron_bliss.run.score_starts import Start, start_score_model
 from megatron_bliss.run.scorers import drift, keep_scorer
@@ -73,6 +74,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
     teacher = _teacher(this, settings) if settings.kl_weight > 0 else None
     train = UnitDataset(shard_prefix(session, this.number), config.data.seq_length, session.vocab_size)
     validation = open_upper_level(session, settings.guide_weighting)
+    domains = DomainWeights(shard_domains(session, this.number) if arm.scheme.learns_scores else None)
     trainer = arm.scheme.trainer(
         settings,
         proxy,
@@ -81,6 +83,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
         session.schedule(train, settings.global_batch_size, "bilevel", this.number),
         session.schedule(validation, settings.validation_batch_size, "validation", this.number),
         session.groups,
+        *([domains] if arm.scheme.learns_scores else []),
     )
     if GUIDE_WEIGHTINGS[settings.guide_weighting].against_control and _goes_on(this):
         trainer.upper.carry_on(checkpoint.load_state(this.before.folder("bilevel") / FINAL_STATE))
@@ -98,7 +101,7 @@ def learn_scores(this: Round, folder: Path) -> dict:
         warnings = [*warnings, advice]
         if session.groups.is_main:
             print(f"warning: {advice}", file=sys.stderr, flush=True)
-    return {"flops": flops, "validation_loss": loss, "warnings": warnings}
+    return {"flops": flops, "validation_loss": loss, "warnings": warnings, "domain_weights": domains.last}
 
 
 def _keep_start(this: Round, folder: Path, settings: BilevelConfig) -> dict:

@@ -39,7 +39,7 @@ class Estimate:
 
     def __init__(self, study: Study, runs: Sequence[StudyRun], probe: Callable[[], Rates] | None = None) -> None:
         """probe: measures the machine; it is asked once, where no run is finished."""
-        self.runs, self.planned, self._probe, self._probed = runs, Planned(study.processes), probe, None
+        self.runs, self.planned, self._probe, self._probed = runs, Planned(), probe, None
         self.kept = study.control.split("/")[0]
         """The variant that no study goes without."""
 

@@ -104,15 +104,18 @@ def _read_mapping(path: Path) -> dict:
 
 
 def _base(found: object, path: Path) -> dict:
-    """The options of all runs: those of the YAML file that ``config`` names, and over them the others."""
+    """The options of all runs: those of the YAML files that ``config`` names, later over earlier, then the others."""
     options = _options({} if found is None else found, f"base of {path}", forbidden=(*SET_BY_STUDY[1:], "arms"))
-    if "config" not in options:
-        return options
-    start = path.parent / str(options.pop("config"))
-    if not start.is_file():
-        raise ValueError(f"found no file {start}, expected the options that base.config in {path} names: change it")
-    given = {name: value for name, value in _read_mapping(start).items() if name not in (*SET_BY_STUDY, "arms")}
-    return merged(_nested(given), options)
+    files, given = options.pop("config", []), {}
+    for name in files if isinstance(files, list) else [files]:
+        start = path.parent / str(name)
+        if not start.is_file():
+            raise ValueError(f"found no file {start}, expected the options that base.config in {path} names: change it")
+        found_there = {
+            name: value for name, value in _read_mapping(start).items() if name not in (*SET_BY_STUDY, "arms")
+        }
+        given = merged(given, _nested(found_there))
+    return merged(given, options)
 
 
 def _options(found: object, place: str, forbidden: Sequence[str]) -> dict:

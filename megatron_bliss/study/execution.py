@@ -7,7 +7,7 @@ import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -25,10 +25,9 @@ Launch = Callable[[Path], list[str]]
 """The command that makes the run of a file of options."""
 
 
-def run_all(runs: Sequence[StudyRun], output: Path, launch: Launch, clock: Clock) -> None:
+def run_all(runs: Sequence[StudyRun], launch: Launch, clock: Clock) -> None:
     """Run what is not finished. ValueError where a run fails, OutOfTime where the next one would not end in time."""
-    output.mkdir(parents=True, exist_ok=True)
-    with _only_one(output) as lock:
+    with _only_ones({run.folder.parent for run in runs}) as locks:
         for number, run in enumerate(runs, start=1):
             place = f"[{number}/{len(runs)}] {run.name}"
             if run.is_finished():
@@ -39,7 +38,7 @@ def run_all(runs: Sequence[StudyRun], output: Path, launch: Launch, clock: Clock
             shared = f", warm-up of {source.variant}" if source else ""
             print(f"{place}: arms {', '.join(run.config.arms)}{shared}; log: {run.beside('.log')}", flush=True)
             before, start = finished_work(run), time.monotonic()
-            _run(run, launch(run.beside(".yaml")), lock)
+            _run(run, launch(run.beside(".yaml")), locks[run.folder.parent])
             seconds = time.monotonic() - start
             keep_times(run, seconds, before)
             print(f"{place}: done in {format_seconds(seconds)}, {clock.left()}", flush=True)
@@ -75,14 +74,21 @@ def _run(run: StudyRun, command: list[str], lock: IO) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[IO]:
-    """Hold the study's folder. Its runs hold it, too: one that outlives a killed study gets no second beside it."""
-    with open(output / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"found {output} at work, in another study or a run that one has left, expected it free: wait for its "
-                "end, or end it"
-            ) from None
-        yield lock
+def _only_ones(folders: Collection[Path]) -> Iterator[dict[Path, IO]]:
+    """Hold the folder of each seed, so that seeds can be run side by side, on machines of their own.
+
+    A seed's runs hold it, too: one that outlives a killed study gets no second beside it.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = {}
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks[folder] = lock = stack.enter_context(open(folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"found {folder} at work, in another study or a run that one has left, expected it free: wait for "
+                    "its end, or end it"
+                ) from None
+        yield locks

@@ -9,10 +9,11 @@ from megatron_bliss.base.files import read_json
 from megatron_bliss.study.description import Study
 from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.runs import StudyRun
+from megatron_bliss.study.stage_costs import read_stage_costs
 
 
 def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
-    """{"control", "longer", "seeds", "guided", "other", "points"}: all that tables and plots are made from.
+    """{"control", "longer", "seeds", "guided", "other", "points", "stages"}: all that tables and plots are made from.
 
     A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve},
     "peak_bytes": {"selection", "all"}}, its curves as in ``summary.json``.
@@ -28,7 +29,8 @@ def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
             points.append(point)
     made = {f"{run.variant}/{arm}" for run in runs for arm in run.config.arms}
     longer = {arm: place for arm, place in study.longer.items() if place in made}
-    return {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}
+    found = {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}
+    return found | {"stages": read_stage_costs(runs)}
 
 
 def sides(runs: Sequence[StudyRun]) -> dict[str, list[str]]:

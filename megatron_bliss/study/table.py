@@ -18,6 +18,7 @@ from megatron_bliss.study.paired import (
     trained_on,
 )
 from megatron_bliss.study.peaks import largest
+from megatron_bliss.study.stage_costs import stage_costs_section
 
 NOTE = (
     "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
@@ -52,6 +53,7 @@ def format_study(study: Mapping, plot: str = "") -> str:
     blocks = ["# Arms compared", note]
     for reading, rows in results(study).items():
         blocks += [f"## At {reading}", NOTES[readings(study)[reading]], _table(study, rows)]
+    blocks += stage_costs_section(study)
     if plot:
         blocks.append(f"![Gain on the guide against loss elsewhere]({plot})")
     return "\n\n".join(blocks) + "\n"

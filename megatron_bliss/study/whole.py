@@ -49,7 +49,7 @@ def run_study(study: Study, output: Path, entry: Path, limits: Limits) -> str:
     if limits.hours is not None and not limits.in_parts:
         check_fits(estimate, 3600 * limits.hours)
     try:
-        run_all(runs, output, launch, clock)
+        run_all(runs, launch, clock)
     except OutOfTime as stopped:
         seeds = [seed for seed in study.seeds if all(run.is_finished() for run in runs if run.seed == seed)]
         if not seeds:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_bliss.config.config import Config
-from megatron_bliss.plan.plan import Machine, make_plan
+from megatron_bliss.plan.plan import planned_stages
 from megatron_bliss.report.arm_costs import SHARED
 from megatron_bliss.report.costs import read_stages
 from megatron_bliss.study.runs import StudyRun
@@ -39,15 +39,14 @@ class Work:
 class Planned:
     """The stages of all runs, by what options say. Arms and seeds of a variant have the same work."""
 
-    def __init__(self, processes: int) -> None:
-        self.processes, self._found = processes, {}
+    def __init__(self) -> None:
+        self._found: dict[tuple, list[Work]] = {}
 
     def of(self, run: StudyRun) -> list[Work]:
         """All stages of a run."""
         key = run.variant, tuple(run.config.arms)  # a seed changes which units a shard holds, and hardly how many
         if key not in self._found:
-            records = make_plan(run.config, Machine(world_size=self.processes))["stages"]
-            self._found[key] = [_work(run.variant, run.config, one) for one in records]
+            self._found[key] = [_work(run.variant, run.config, one) for one in planned_stages(run.config)]
         return self._found[key]
 
     def left(self, run: StudyRun, earlier: Sequence[StudyRun]) -> list[Work]:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_bliss.base import checkpoint
 from megatron_bliss.base.parallel import World
+from megatron_bliss.bilevel.domain_weights import DomainWeights
 from megatron_bliss.bilevel.head import Teacher
 from megatron_bliss.bilevel.train import BilevelTrainer
 from megatron_bliss.config.bilevel import BilevelConfig
@@ -71,6 +72,7 @@ def make_trainer(
     vocab_size: int = VOCABULARY,
     trainer: type = BilevelTrainer,
     score: ScoreConfig = SCORE,
+    domains: DomainWeights | None = None,
 ):
     """A trainer on random units; without a ``target_teacher``, a small frozen LM of another width is the teacher."""
     options = {"dtype": dtype, "device": world.device}
@@ -87,7 +89,8 @@ def make_trainer(
 
     train = schedule(RandomUnits(40, 1), config.global_batch_size)
     validation = schedule(RandomUnits(20, 2, last=2), config.validation_batch_size)
-    return trainer(config, proxy, score_model, target_teacher or teacher, train, validation, world)
+    parts = proxy, score_model, target_teacher or teacher, train, validation, world
+    return trainer(config, *parts, *([] if domains is None else [domains]))
 
 
 def run_steps(

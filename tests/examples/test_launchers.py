@@ -1,6 +1,7 @@
 """The launch configurations: each one loads, divides over its ranks, and its target builds and runs when narrowed."""
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_bliss.config.config import Config
 from megatron_bliss.data.ingest.preprocess import PreprocessSettings, preprocess
 from megatron_bliss.models.presets import parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
+from megatron_bliss.plan.plan import Machine, make_plan
 from megatron_bliss.run.checks import check_layout, check_options, parse_arguments
 from megatron_bliss.study.description import read_study
 from megatron_bliss.study.runs import variant_config
@@ -76,20 +78,29 @@ def test_every_example_configuration_is_known() -> None:
         assert f"run_folder: runs/{name}" in (EXAMPLES / name / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_has_runs_that_can_begin(path: Path) -> None:
-    """All but their data, which prepare.sh makes."""
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_study_has_runs_that_can_begin_and_that_fit(path: Path, tmp_path: Path, monkeypatch) -> None:
+    """All but their data, which the scripts beside them make; at paper scale a device has 80 GB."""
     study = read_study(path)
-    assert len(study.seeds) >= 3 and study.longer
+    assert (len(study.seeds) >= 3 and study.longer) or path == EXAMPLES / "studies/single_round/paper.yaml"  # cost alone
+    monkeypatch.chdir(tmp_path)  # where no corpus lies
     for variant in study.variants:
-        check_options(dataclasses.replace(variant_config(study, variant), run_folder="runs/any"))
-    prepared = (path.parent / "prepare.sh").read_text()
-    data = variant_config(study, next(iter(study.variants))).data
-    for prefix in (data.train_prefix, *data.guide_prefixes, *data.test_prefixes, *data.other_prefixes):
-        name = Path(prefix).name
-        assert f"prepare {name} " in prepared or f'/{name}"' in prepared or name.startswith(("heldout_", "guide_")), (
-            name
-        )
+        config = dataclasses.replace(variant_config(study, variant), run_folder="runs/any")
+        check_options(config)
+        data = config.data
+        for prefix in (data.train_prefix, *data.guide_prefixes, *data.test_prefixes, *data.other_prefixes):
+            assert is_prepared(Path(prefix)), prefix
+        if path.stem == "paper":
+            planned = make_plan(config, Machine(study.processes, "h100", memory_gib=80.0))
+            assert planned["memory"]["fits"], (variant, planned["memory"]["advice"])
+
+
+def is_prepared(prefix: Path) -> bool:
+    """Whether a script makes this corpus or set; sets of passages and items have the names of the files it is given."""
+    folder = "c4" if prefix.parent.name.startswith("c4-") else f"studies/{prefix.parent.name}"
+    script, name = (EXAMPLES / folder / "prepare.sh").read_text(), prefix.name
+    is_half = name.startswith(("heldout_", "guide_")) or name.endswith(("_heldout", "_guide"))
+    return is_half or re.search(rf"\b{name}\b", script) is not None
 
 
 @pytest.mark.parametrize(
@@ -101,9 +112,12 @@ def test_every_study_has_runs_that_can_begin(path: Path) -> None:
         "quickstart/run.sh",
         "slurm/pretrain.sbatch",
         "slurm/preprocess.sbatch",
+        "slurm/study.sbatch",
         "studies/inputs.sh",
         "studies/arms_small/prepare.sh",
         "studies/scores_small/prepare.sh",
+        "studies/corpora/prepare.sh",
+        "studies/corpora/run.sh",
     ],
 )
 def test_scripts_are_valid_shell(script: str) -> None:
@@ -129,7 +143,7 @@ def test_launch_passes_nodes_and_options_on(tmp_path: Path) -> None:
     assert done.returncode != 0 and "without MASTER_ADDR" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["slurm/pretrain.sbatch", "slurm/preprocess.sbatch"])
+@pytest.mark.parametrize("script", ["slurm/pretrain.sbatch", "slurm/preprocess.sbatch", "slurm/study.sbatch"])
 def test_slurm_logs_lie_where_the_job_is_submitted(script: str) -> None:
     """Slurm makes no folder for them: a job whose log has none fails without a word."""
     outputs = [line for line in (EXAMPLES / script).read_text().splitlines() if line.startswith("#SBATCH --output=")]

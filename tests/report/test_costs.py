@@ -18,8 +18,9 @@ def test_stage_records_come_from_done_files_in_order_of_work(tmp_path):
     (tmp_path / "bliss/round_02/score").mkdir()  # begun, not finished
     records = read_stages(tmp_path)
     assert [record["seconds"] for record in records] == [5, 6, 4, 3, 2, 1]
-    noted = {"seconds": 4, "peak_bytes": 10, "flops": None, "evaluation_seconds": None, "needs": None, "drift": None}
-    assert records[2] == {"arm": "bliss", "round": 1, "stage": "bilevel", **noted}
+    noted = {"seconds": 4, "peak_bytes": 10, "flops": None, "evaluation_seconds": None}
+    unnoted = {"needs": None, "drift": None, "domain_weights": None}
+    assert records[2] == {"arm": "bliss", "round": 1, "stage": "bilevel", **noted, **unnoted}
     assert records[0]["stage"] == "warmup target" and records[0]["arm"] == "shared"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_bliss.base.metrics import DOMAIN_WEIGHT
 from megatron_bliss.config.stages import ROUND_STAGES
 from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import read_manifest
@@ -46,6 +47,13 @@ def test_everything_promised_is_written(finished: Path) -> None:
     assert summary["domains"]["pool"].keys() == {"words", "digits"}
     assert sum(summary["domains"]["selected"].values()) == pytest.approx(1)
     assert summary["seed"] == 3 and "speedup" in summary and summary["stages"]
+    last = {str(line["round"]): line for line in metric_lines(finished) if line["stage"] == "bilevel"}
+    for number, weights in summary["arms"]["bliss"]["domain_weights"].items():
+        assert {f"{DOMAIN_WEIGHT}{name}": value for name, value in weights.items()}.items() <= last[number].items()
+        assert weights and set(weights) <= {"words", "digits"}
+    assert set(last) == set(summary["arms"]["bliss"]["domain_weights"]) == {"1", "2"}
+    assert "domain_weights" not in summary["arms"]["random"]
+    assert "Weights of domains, bliss" in (finished / "report.html").read_text()
     assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert yaml.safe_load((finished / "config.yaml").read_text())["bilevel"]["upper_iters"] == 8
 

@@ -27,9 +27,11 @@ def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
 
 
 def test_options_are_nested_and_stand_over_the_file_they_begin_from(tmp_path: Path) -> None:
-    begun = {"seed": 5, "arms": ["mates"], "rounds": 4, "selection": {"fraction": 0.2, "policy": "gumbel"}}
+    begun = {"seed": 5, "arms": ["mates"], "rounds": 4, "selection": {"fraction": 0.2, "policy": "soft"}}
     (tmp_path / "begun.yaml").write_text(yaml.safe_dump(begun))
-    base = {"config": "begun.yaml", "rounds": 2, "selection.fraction": 0.1}
+    over = {"rounds": 3, "selection.policy": "gumbel"}
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(over))
+    base = {"config": ["begun.yaml", "over.yaml"], "rounds": 2, "selection.fraction": 0.1}
     variants = {"a": None, "b": {"selection": {"fraction": 0.3}, "arms": ["bliss"]}}
     study = read(tmp_path, {**GIVEN, "base": base, "variants": variants}, seeds=[7])
     assert study.base == {"rounds": 2, "selection": {"fraction": 0.1, "policy": "gumbel"}}

@@ -41,10 +41,9 @@ def runs_of(study: Path, output: Path) -> list[StudyRun]:
 
 
 def untimed(content: object) -> object:
-    """All but what a clock said, and how much memory a process took."""
+    """All but what a clock or the system's count of memory said."""
     if isinstance(content, dict):
-        measured = ("seconds", "peak_bytes")
-        return {name: untimed(value) for name, value in content.items() if not any(one in name for one in measured)}
+        return {name: untimed(value) for name, value in content.items() if not name.endswith(("seconds", "peak_bytes"))}
     return [untimed(value) for value in content] if isinstance(content, list) else content
 
 
@@ -65,6 +64,8 @@ def test_all_points_are_written(given: Path, finished: Path) -> None:
         assert "warmup proxy" not in {stage["stage"] for stage in summary["stages"]}  # none of these arms needs a model
         assert point["cost"]["flops"][-1][1] == pytest.approx(sum(own))
         assert 0 < point["peak_bytes"]["selection"] <= point["peak_bytes"]["all"]
+    trained = [(one["flops"] > 0, one["tokens"]) for one in study["stages"] if one["stage"] == "pretrain"]
+    assert trained == [(True, 8 * 4 * 32)] * len(places)
     page = (finished / "study.md").read_text()
     assert page == format_study(json.loads((finished / "study.json").read_text()), "pareto.png")
     assert all(f"## At {reading}" in page for reading in ("equal tokens", "equal total compute"))
@@ -137,7 +138,7 @@ def test_a_failed_run_ends_the_study_and_says_where(given: Path, tmp_path: Path,
     entry.write_text(FAILING_RUN)
     with pytest.raises(ValueError, match=f"found status .* of seed 1, hard, expected a finished run: mend .*{output}"):
         runs = runs_of(given, output)
-        run_all(runs, output, launcher(entry, processes), Clock(Estimate(read_study(given), runs), None))
+        run_all(runs, launcher(entry, processes), Clock(Estimate(read_study(given), runs), None))
     said = (output / "runs/seed_1/hard.log").read_text()
     for rank in range(processes) if processes > 1 else [None]:
         assert f"rank {rank} --config {output}/runs/seed_1/hard.yaml\n" in said
@@ -217,8 +218,12 @@ def test_only_unknown_arms_are_refused(given: Path, tmp_path: Path) -> None:
         study_runs(read_study(given), tmp_path, only=["mates"])
 
 
-def test_a_folder_at_work_is_left_alone(given: Path, tmp_path: Path) -> None:
-    with open(tmp_path / "lock", "w") as lock:
+def test_a_seed_at_work_is_left_alone(given: Path, tmp_path: Path) -> None:
+    """Other seeds of the same folder can be run meanwhile, on machines of their own."""
+    folder = tmp_path / "runs" / f"seed_{read_study(given).seeds[-1]}"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run_tool(given, tmp_path)
-    assert result.returncode == 1 and f"found {tmp_path} at work" in result.stderr and not (tmp_path / "runs").exists()
+    assert result.returncode == 1 and f"found {folder} at work" in result.stderr
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}

@@ -5,10 +5,10 @@
 # thirds of C4 and OPENWEBTEXT; the last thirds are held out, as text that the guide does not speak for. PASSAGES: text
 # like LAMBADA's. ITEMS: task items, one file a task (ARC, SciQ, HellaSwag, PIQA, BoolQ; tools/prepare_evaluation.py tells
 # their fields). A half of the passages and of every task's items, with the right answers, are the sets of the guide; the
-# other halves are held out.
+# other halves are held out, the items' also as tasks of evaluation. The passages' half comes in two halves, too.
 set -euo pipefail
 if [ $# -lt 5 ]; then
-  sed -n '2,8s/^# //p' "$0" >&2
+  sed -n '2,9s/^# //p' "$0" >&2
   exit 2
 fi
 . "$(dirname "$0")/../inputs.sh"
@@ -33,10 +33,15 @@ prepare() {
 }
 prepare c4 1/1 all "$data/c4.held.jsonl.gz"
 prepare openwebtext 1/1 all "$data/openwebtext.held.jsonl.gz"
+mkdir -p "$data/tasks"
 label=all
 for file in "${sets[@]}"; do
   name=$(basename "$file")
+  if [ "$label" = item ]; then lines "$file" | awk 'NR % 2 == 0' | gzip > "$data/tasks/${name%.gz}.gz"; fi
   prepare "guide_${name%%.*}" 1/2 "$label" "$file"
   prepare "heldout_${name%%.*}" 2/2 "$label" "$file"
   label=item
 done
+passages=$(basename "${sets[0]}")
+prepare "guide_${passages%%.*}_first" 1/4 all "${sets[0]}"
+prepare "guide_${passages%%.*}_second" 3/4 all "${sets[0]}"
