@@ -47,15 +47,11 @@ def build_summary(
         ``domain_weights``, where the corpus has domains: {round: {domain: mean of n P_i at the end of the stage}}.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
-    task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks``, ``perplexities`` and
-        ``bits_per_byte``.
+    task_results: per arm its checkpoints evaluated on tasks; gives every such arm the keys of all_task_curves.
     held_out: which of the test sets are of the guide's kind, and by how much an arm may be worse than the control.
     """
     task_results, held_out = task_results or {}, held_out or HeldOut()
-    arms = {
-        arm: _arm_summary(measured) | {"cost": cost_curves(measured, stages, arm)}
-        for arm, measured in evaluations.items()
-    }
+    arms = {arm: _arm_summary(one) | {"cost": cost_curves(one, stages, arm)} for arm, one in evaluations.items()}
     for arm, rounds in _domain_weights(stages).items():
         arms[arm] |= {"domain_weights": rounds}
     for arm, measured in task_results.items():
