@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_bliss.base.text import format_bytes, format_flops, format_seconds
 from megatron_bliss.report.arm_costs import AXES
+from megatron_bliss.study.agreement import agreement_section
 from megatron_bliss.study.bits import bits_section
 from megatron_bliss.study.cells import compared_cell, difference_text, names_in_code, table
 from megatron_bliss.study.paired import (
@@ -22,10 +23,9 @@ from megatron_bliss.study.stage_costs import stage_costs_section
 from megatron_bliss.study.task_results import tasks_section
 
 NOTE = (
-    "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
-    "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean over "
-    "the sets of the guide's kind ({guided}){other}. Peak memory is that of "
-    "the largest process in any seed."
+    "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to {control}, seed by seed "
+    "(bold where it is worse), and in how many seeds it is below (3/3: in each of three). `guided` is the mean over the "
+    "sets of the guide's kind ({guided}){other}. Peak memory is that of the largest process in any seed."
 )
 NOTES = {
     at_equal_tokens: "Every arm has seen the same target tokens; what selection took comes on top.",
@@ -54,7 +54,7 @@ def format_study(study: Mapping, plot: str = "") -> str:
     blocks = ["# Arms compared", note]
     for reading, rows in results(study).items():
         blocks += [f"## At {reading}", NOTES[readings(study)[reading]], _table(study, rows)]
-    for section in (bits_section, tasks_section, stage_costs_section):
+    for section in (bits_section, tasks_section, agreement_section, stage_costs_section):
         blocks += section(study)
     if plot:
         blocks.append(f"![Gain on the guide against loss elsewhere]({plot})")
