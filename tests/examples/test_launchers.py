@@ -80,7 +80,10 @@ def test_every_example_configuration_is_known() -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_study_has_runs_that_can_begin_and_that_fit(path: Path, tmp_path: Path, monkeypatch) -> None:
-    """All but their data, which the scripts beside them make; at paper scale a device has 80 GB. single_round there is of cost alone."""
+    """All but their data, which the scripts beside them make.
+
+    At paper scale a device has 80 GB, and single_round is of cost alone.
+    """
     study = read_study(path)
     assert (len(study.seeds) >= 3 and study.longer) or path == EXAMPLES / "studies/single_round/paper.yaml"
     monkeypatch.chdir(tmp_path)  # where no corpus lies
