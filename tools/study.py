@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare arms under several sets of options over paired seeds: runs, tables, and a plot of gain against price.
 
-study.py examples/studies/arms_small/study.yaml --output studies/arms_small [--seeds 1 2 3] [--only dsir bliss]
+study.py examples/studies/arms_small/study.yaml --output runs/arms_small [--seeds 1 2 3] [--only dsir bliss] [--plan]
 
 Running the same command again continues: finished runs are not run again, an unfinished one goes on. Writes study.md,
 study.json, headline.json and pareto.png into the folder, from the runs in runs/seed_N/VARIANT.
@@ -26,7 +26,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and for what they come to")
     parser.add_argument("--seeds", type=int, nargs="+", help="these instead of the file's")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the arms, these and the control")
-    return parser.parse_args(arguments)
+    parser.add_argument("--plan", action="store_true", help="print runs, FLOPs and estimated times, and run none")
+    parser.add_argument("--max-hours", type=float, metavar="H", help="refuse a study that takes longer from now on")
+    parser.add_argument("--in-parts", action="store_true", help="with --max-hours: make the runs that fit, then stop")
+    options = parser.parse_args(arguments)
+    if options.max_hours is not None and not options.max_hours > 0:
+        parser.error(f"found --max-hours {options.max_hours}, expected hours above 0")
+    if options.in_parts and options.max_hours is None:
+        parser.error("found --in-parts without --max-hours, expected both: say how many hours there are")
+    return options
 
 
 @command("study", (ValueError, OSError))
@@ -35,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     study = read_study(options.study, options.seeds)
 
-    from megatron_bliss.study.whole import run_study  # after reading: importing torch takes seconds
+    from megatron_bliss.study.whole import Limits, run_study  # after reading: importing torch takes seconds
 
-    print(run_study(study, options.output, only=options.only, entry=ROOT / "pretrain_bliss.py"))
+    limits = Limits(options.only, options.max_hours, options.in_parts, options.plan)
+    print(run_study(study, options.output, ROOT / "pretrain_bliss.py", limits))
     return 0
 
 

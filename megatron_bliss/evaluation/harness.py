@@ -12,11 +12,13 @@ from statistics import mean
 import lm_eval
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from megatron_bliss.base.parallel import Groups, failing_together
 from megatron_bliss.evaluation.adapter import Adapter
 from megatron_bliss.evaluation.data_files import TaskData, read_task
+from megatron_bliss.evaluation.likelihoods import bits_per_byte
 from megatron_bliss.evaluation.tasks import make_task, templates_compiled_once, without_progress_bars
 
 PINNED_LM_EVAL = "0.4.13"
@@ -54,7 +56,7 @@ def evaluate_tasks(
     with settings, tempfile.TemporaryDirectory() as folder, without_progress_bars(), templates_compiled_once():
         made = {name: make_task(name, data[name], Path(folder), limit) for name in data}
         found = evaluate(model, made, bootstrap_iters=0, log_samples=True)
-    results = {name: _result(found["samples"][name], found["results"][name], data[name]) for name in data}
+    results = {name: _result(made[name], found["samples"][name], found["results"][name], data[name]) for name in data}
     averaged = [name for name in results if name in PAPER_TASKS] or list(results)
     return {
         "format": 1,
@@ -99,8 +101,8 @@ def _settings(model: LM, show_progress: bool, request_cache: Path | None) -> Ite
         model.show_progress, model.request_cache = before
 
 
-def _result(samples: list[dict], aggregated: dict, data: TaskData) -> dict:
-    """acc_norm where the task has it, else acc, with the standard error of the mean; and every metric."""
+def _result(task: ConfigurableTask, samples: list[dict], aggregated: dict, data: TaskData) -> dict:
+    """acc_norm where the task has it, else acc, with the standard error of the mean; every metric; bits per byte."""
     metrics: dict[str, float] = {}
     for name in samples[0]["metrics"]:
         metrics[name] = float(aggregated[f"{name},none"])
@@ -108,11 +110,14 @@ def _result(samples: list[dict], aggregated: dict, data: TaskData) -> dict:
             values = [sample[name] for sample in samples]
             metrics[f"{name}_stderr"] = mean_stderr(values) if len(values) > 1 else 0.0
     main = "acc_norm" if "acc_norm" in metrics else "acc"
+    bits, bits_error = bits_per_byte(task, samples)
     return {
         "metric": main,
         "value": metrics[main],
         "stderr": metrics[f"{main}_stderr"],
         "num_items": len(samples),
         "metrics": metrics,
+        "bits_per_byte": bits,
+        "bits_per_byte_stderr": bits_error,
         "data": {"file": data.file.name, "sha256": data.sha256, "known": data.known},
     }

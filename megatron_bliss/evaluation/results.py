@@ -138,6 +138,7 @@ def notes(results: Mapping[str, Mapping]) -> list[str]:
     parts = [f"{name}: {' or '.join(kinds)}" for name, kinds in tasks.items()]
     sentences = [f"Percent ± standard error, zero-shot. Metric and items: {'; '.join(parts)}."]
     sentences += [f"Perplexity: {text}." for text in [_perplexities(results)] if text]
+    sentences += [f"Bits per byte of the right answer: {text}." for text in [_bits_per_byte(results)] if text]
     if not do_compare(results):
         sentences.append("**The rows are not over the same tasks or items: their averages do not compare.**")
     versions = dict.fromkeys(str(result.get("lm_eval_version", "unknown")) for result in results.values())
@@ -171,6 +172,16 @@ def _perplexities(results: Mapping[str, Mapping]) -> str:
         for label, result in results.items()
         for name, task in result["tasks"].items()
         if task.get("metrics", {}).get("perplexity") is not None
+    ]
+    return "; ".join(_escape(text) for text in found)
+
+
+def _bits_per_byte(results: Mapping[str, Mapping]) -> str:
+    found = [
+        f"{label}: {name} {task['bits_per_byte']:.3f} ± {task['bits_per_byte_stderr']:.3f}"
+        for label, result in results.items()
+        for name, task in result["tasks"].items()
+        if task.get("bits_per_byte") is not None
     ]
     return "; ".join(_escape(text) for text in found)
 

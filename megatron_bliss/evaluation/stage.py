@@ -83,10 +83,12 @@ def _num_choices(row: Mapping) -> int | None:
 
 
 def task_metrics(result: dict) -> dict[str, float]:
-    """What metrics.jsonl says of a result: tasks/NAME, tasks/NAME_perplexity where there is one, tasks/average."""
+    """What metrics.jsonl says of a result: tasks/NAME, tasks/NAME_bits_per_byte, tasks/NAME_perplexity where there is
+    one, tasks/average."""
     metrics = {}
     for name, task in result["tasks"].items():
         metrics[f"tasks/{name}"] = task["value"]
+        metrics[f"tasks/{name}_bits_per_byte"] = task["bits_per_byte"]
         if "perplexity" in task["metrics"]:
             metrics[f"tasks/{name}_perplexity"] = task["metrics"]["perplexity"]
     return metrics | {f"tasks/{AVERAGE}": result["average"]}

@@ -17,7 +17,12 @@ from megatron_bliss.report.arm_costs import cost_curves, equal_compute
 from megatron_bliss.report.curves import finite_points, speedup
 from megatron_bliss.report.gains import HeldOut, gains, loss_warnings
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
-from megatron_bliss.report.task_summary import Measured, perplexity_curves, task_curves, task_facts, task_speedup
+from megatron_bliss.report.task_summary import (
+    Measured,
+    all_task_curves,
+    task_facts,
+    task_speedup,
+)
 
 PACKAGES = ("torch", "megatron-core", "lm-eval", "numpy", "tokenizers", "sentencepiece", "pyarrow", "jsonargparse")
 
@@ -42,7 +47,8 @@ def build_summary(
         ``domain_weights``, where the corpus has domains: {round: {domain: mean of n P_i at the end of the stage}}.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
-    task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks`` and ``perplexities``.
+    task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks``, ``perplexities`` and
+        ``bits_per_byte``.
     held_out: which of the test sets are of the guide's kind, and by how much an arm may be worse than the control.
     """
     task_results, held_out = task_results or {}, held_out or HeldOut()
@@ -53,7 +59,7 @@ def build_summary(
     for arm, rounds in _domain_weights(stages).items():
         arms[arm] |= {"domain_weights": rounds}
     for arm, measured in task_results.items():
-        arms[arm] |= {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
+        arms[arm] |= all_task_curves(measured)
     losses = {arm: content["losses"] for arm, content in arms.items()}
     test_sets = list(losses.get(CONTROL, {}))
     speedups = {name: speedup(losses[CONTROL][name], losses.get(CHOSEN, {}).get(name, [])) for name in test_sets}

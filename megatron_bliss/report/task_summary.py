@@ -32,6 +32,23 @@ def perplexity_curves(measured: Sequence[Mapping]) -> dict[str, list[list[float]
     return curves
 
 
+def bits_curves(measured: Sequence[Mapping]) -> dict[str, list[list[float]]]:
+    """{task: [[tokens, bits per byte of the right answer, stderr], ...]}; results of before have none."""
+    curves: dict[str, list] = {}
+    for one in measured:
+        for name, task in one["result"]["tasks"].items():
+            if task.get("bits_per_byte") is not None:
+                bits = task["bits_per_byte"], task["bits_per_byte_stderr"]
+                curves.setdefault(name, []).append([one["tokens"], *bits])
+    return curves
+
+
+def all_task_curves(measured: Sequence[Mapping]) -> dict[str, dict]:
+    """What an arm of a summary has of its tasks."""
+    curves = {"tasks": task_curves(measured), "perplexities": perplexity_curves(measured)}
+    return curves | {"bits_per_byte": bits_curves(measured)}
+
+
 def task_facts(measured: Measured) -> dict:
     """What the numbers are: lm-eval's version, and per task its metric, items and data file; {} without results."""
     results = [one["result"] for points in measured.values() for one in points]
@@ -72,9 +89,23 @@ def task_speedup_sentence(arms: Mapping[str, Mapping], chosen: str, other: str) 
 
 def task_rows(arms: Mapping[str, Mapping]) -> dict[tuple[float, str], dict[str, Cell]]:
     """{(tokens, arm): {task: cell}} in order of tokens; the warm-up, which all arms share, stands once as arm ""."""
+    return _rows(arms, "tasks")
+
+
+def bits_rows(arms: Mapping[str, Mapping]) -> dict[tuple[float, str], dict[str, Cell]]:
+    """The same with bits per byte of the right answers in the cells; without an average, since bytes are not alike."""
+    return _rows(arms, "bits_per_byte")
+
+
+def bits_text(cell: Cell) -> str:
+    """Such as ``1.234 ± 0.010``; ``-`` where there is none."""
+    return "-" if cell.value is None else f"{cell.value:.3f} ± {cell.stderr or 0.0:.3f}"
+
+
+def _rows(arms: Mapping[str, Mapping], key: str) -> dict[tuple[float, str], dict[str, Cell]]:
     rows: dict[tuple[float, str], dict[str, Cell]] = {}
     for arm, content in arms.items():
-        for name, curve in content.get("tasks", {}).items():
+        for name, curve in content.get(key, {}).items():
             for tokens, value, stderr in curve:
                 rows.setdefault((tokens, arm), {})[name] = Cell(value, stderr)
     first = min((tokens for tokens, _ in rows), default=None)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from megatron_bliss.evaluation.results import AVERAGE, Cell, best, columns, measure
 from megatron_bliss.report.curves import finite_points, rise_reach
-from megatron_bliss.report.parts import escape, figure, pairs, section
+from megatron_bliss.report.parts import escape, figure, pairs, section, table
 from megatron_bliss.report.plots import Line, Marks, line_chart
 from megatron_bliss.report.run_data import RunData
 from megatron_bliss.report.speedups import CHOSEN, CONTROL
-from megatron_bliss.report.task_summary import task_rows, task_speedup_sentence
+from megatron_bliss.report.task_summary import bits_rows, bits_text, task_rows, task_speedup_sentence
 
 MOST_FIGURES = 12
 """Tasks with a plot of their own."""
@@ -29,7 +29,9 @@ def task_section(run: RunData) -> str:
     single = [name for name in names if name != AVERAGE][:MOST_FIGURES]
     small = [_figure(run, arms, name, is_wide=False) for name in single if len(single) > 1]
     small += [_perplexity_figure(run, arms, name) for name in columns(_perplexities(c) for c in arms.values())]
-    return section("Tasks, zero-shot", _note(run), words, _table(run, arms, names), *figures, pairs(small))
+    return section(
+        "Tasks, zero-shot", _note(run), words, _table(run, arms, names), _bits(run, arms), *figures, pairs(small)
+    )
 
 
 def _perplexities(arm: Mapping) -> Mapping:
@@ -76,6 +78,23 @@ def _table(run: RunData, arms: Mapping[str, Mapping], names: Sequence[str]) -> s
     head = "<th></th><th></th>" + "".join(f'<th class="number">{escape(text)}</th>' for text in heads)
     body = "\n".join(lines)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _bits(run: RunData, arms: Mapping[str, Mapping]) -> str:
+    """A row per checkpoint: how likely the right answers are, which tells where accuracies are noise; "" without."""
+    rows = bits_rows(arms)
+    names = columns(rows.values())
+    if not names:
+        return ""
+    lines = [
+        [*_place(run, tokens, arm), *(bits_text(row.get(name, Cell())) for name in names)]
+        for (tokens, arm), row in rows.items()
+    ]
+    words = (
+        "Bits per byte of the right answer, lower is better: -log2 of its probability by its bytes in UTF-8, mean ± "
+        "standard error over the items."
+    )
+    return f"<p>{escape(words)}</p>\n{table(['', '', 'step', *names], lines, left=2)}"
 
 
 def _at(rows: Mapping[tuple[float, str], Mapping], tokens: float) -> dict:

@@ -12,7 +12,7 @@ from megatron_bliss.report.gain_table import MEASURES, gain_rows
 from megatron_bliss.report.savings import savings_sentences
 from megatron_bliss.report.speedups import CHOSEN, CONTROL, other_speedups, speedup_sentence
 from megatron_bliss.report.summary import by_lift, final_losses, lift
-from megatron_bliss.report.task_summary import task_rows, task_speedup_sentence
+from megatron_bliss.report.task_summary import bits_rows, bits_text, task_rows, task_speedup_sentence
 
 
 def format_table(summary: Mapping, *, loss_rows: int = 6, label_rows: int = 16) -> str:
@@ -21,7 +21,7 @@ def format_table(summary: Mapping, *, loss_rows: int = 6, label_rows: int = 16) 
     loss_rows, label_rows: most rows of the table of losses and of each table of shares (the extremes are kept).
     """
     blocks = [_loss_block(summary, loss_rows), _final_block(summary), _speedup_block(summary), _gain_block(summary)]
-    blocks += [_task_block(summary)]
+    blocks += [_task_block(summary), _bits_block(summary)]
     blocks += [_shares_block(field, content, label_rows) for field, content in summary["domains_by_field"].items()]
     blocks += [_stage_block(summary["stages"]), "\n".join(f"warning: {text}" for text in summary["warnings"])]
     return "\n\n".join(block for block in blocks if block)
@@ -98,6 +98,18 @@ def _task_block(summary: Mapping) -> str:
     sentences = [task_speedup_sentence(summary["arms"], CHOSEN, arm) for arm in summary["task_speedups"]]
     table = align("Tasks, zero-shot, percent ± standard error", ["arm", "target tokens", *names], lines)
     return "\n  ".join([table, *(text for text in sentences if text)])
+
+
+def _bits_block(summary: Mapping) -> str:
+    """Bits per byte of the right answers of the last checkpoints, or "" where there are none."""
+    rows = bits_rows(summary["arms"])
+    names = columns(rows.values())
+    lines = [
+        [arm or "warm-up", f"{tokens:,.0f}", *(bits_text(row.get(name, Cell())) for name in names)]
+        for (tokens, arm), row in rows.items()
+    ]
+    title = "Tasks, bits per byte of the right answer ± standard error, lower is better"
+    return align(title, ["arm", "target tokens", *names], lines) if names else ""
 
 
 def _shares_block(field: str, content: Mapping, most: int) -> str:

@@ -7,39 +7,49 @@ import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from megatron_bliss.base.files import atomic_file
 from megatron_bliss.base.text import format_seconds
 from megatron_bliss.config.parse import dump_yaml
+from megatron_bliss.study.budget import Clock, keep_times
 from megatron_bliss.study.runs import StudyRun
 from megatron_bliss.study.warmup import share_warmup
+from megatron_bliss.study.work import finished_work
 
 LAST_LINES = 20
 """Of a failed run's log, as many are shown."""
+Launch = Callable[[Path], list[str]]
+"""The command that makes the run of a file of options."""
 
 
-def run_all(runs: Sequence[StudyRun], output: Path, entry: Path, processes: int) -> None:
-    """Run what is not finished. entry: the script that makes a run. ValueError where a run fails."""
+def run_all(runs: Sequence[StudyRun], launch: Launch, clock: Clock) -> None:
+    """Run what is not finished. ValueError where a run fails, OutOfTime where the next one would not end in time."""
     with _only_ones({run.folder.parent for run in runs}) as locks:
         for number, run in enumerate(runs, start=1):
             place = f"[{number}/{len(runs)}] {run.name}"
             if run.is_finished():
                 print(f"{place}: finished before", flush=True)
                 continue
+            clock.check(run)
             source = share_warmup(run, [one for one in runs[: number - 1] if one.seed == run.seed])
             shared = f", warm-up of {source.variant}" if source else ""
             print(f"{place}: arms {', '.join(run.config.arms)}{shared}; log: {run.beside('.log')}", flush=True)
-            start = time.monotonic()
-            _run(run, _command(run, entry, processes), locks[run.folder.parent])
-            print(f"{place}: done in {format_seconds(time.monotonic() - start)}", flush=True)
+            before, start = finished_work(run), time.monotonic()
+            _run(run, launch(run.beside(".yaml")), locks[run.folder.parent])
+            seconds = time.monotonic() - start
+            keep_times(run, seconds, before)
+            print(f"{place}: done in {format_seconds(seconds)}, {clock.left()}", flush=True)
 
 
-def _command(run: StudyRun, entry: Path, processes: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), str(entry), "--config", str(run.beside(".yaml"))]
+def launcher(entry: Path, processes: int) -> Launch:
+    """Start ``entry``, the script that makes a run, in so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return lambda options: [
+        sys.executable, *(several if processes > 1 else []), str(entry), "--config", str(options)
+    ]  # fmt: skip
 
 
 def _run(run: StudyRun, command: list[str], lock: IO) -> None:

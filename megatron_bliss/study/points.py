@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_bliss.base.files import read_json
 from megatron_bliss.study.description import Study
+from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.runs import StudyRun
 from megatron_bliss.study.stage_costs import read_stage_costs
 
@@ -14,15 +15,18 @@ from megatron_bliss.study.stage_costs import read_stage_costs
 def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
     """{"control", "longer", "seeds", "guided", "other", "points", "stages"}: all that tables and plots are made from.
 
-    A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve}}, its
-    curves as in ``summary.json``.
+    A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve},
+    "peak_bytes": {"selection", "all"}}, its curves as in ``summary.json``.
     """
     points = []
     for run in runs:
-        arms = read_json(run.folder / "summary.json")["arms"]
+        summary = read_json(run.folder / "summary.json")
+        arms = summary["arms"]
         for arm in run.config.arms:
-            place = {"seed": run.seed, "variant": run.variant, "arm": arm}
-            points.append(place | {key: arms[arm][key] for key in ("losses", "cost")})
+            point = {"seed": run.seed, "variant": run.variant, "arm": arm}
+            point |= {key: arms[arm][key] for key in ("losses", "cost")}
+            point["peak_bytes"] = peaks(summary["stages"], arm)
+            points.append(point)
     made = {f"{run.variant}/{arm}" for run in runs for arm in run.config.arms}
     longer = {arm: place for arm, place in study.longer.items() if place in made}
     found = {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from megatron_bliss.base.text import format_flops, format_seconds
+from megatron_bliss.base.text import format_bytes, format_flops, format_seconds
 from megatron_bliss.report.arm_costs import AXES
 from megatron_bliss.study.paired import (
     Compared,
@@ -17,12 +17,14 @@ from megatron_bliss.study.paired import (
     results,
     trained_on,
 )
+from megatron_bliss.study.peaks import largest
 from megatron_bliss.study.stage_costs import stage_costs_section
 
 NOTE = (
     "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
     "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean over "
-    "the sets of the guide's kind ({guided}){other}."
+    "the sets of the guide's kind ({guided}){other}. Peak memory is that of "
+    "the largest process in any seed."
 )
 NOTES = {
     at_equal_tokens: "Every arm has seen the same target tokens; what selection took comes on top.",
@@ -33,6 +35,8 @@ NOTES = {
     "longer run ends before.",
 }
 """What is said of each reading."""
+SELECTION = ("selection: time", "FLOPs", "peak memory", "arm: peak memory")
+"""Columns of what an arm takes."""
 
 
 def format_study(study: Mapping, plot: str = "") -> str:
@@ -63,7 +67,7 @@ def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
     """One row per arm: what its selection took, the guided sets' mean, each set alone."""
     alone = [*(study["guided"] if len(study["guided"]) > 1 else []), *study["other"]]
     rivals = next(iter(rows.values()))["rivals"]
-    lines = [["arm", "selection: time", "FLOPs", "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
+    lines = [["arm", *SELECTION, "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
     lines.append(["---"] * len(lines[0]))
     for arm, row in rows.items():
         is_control = arm == study["control"]
@@ -74,13 +78,14 @@ def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
 
 
 def _selection(study: Mapping, arm: str) -> list[str]:
-    """Time and FLOPs of an arm's selection, all rounds together: the mean over seeds."""
+    """Time and FLOPs of an arm's selection, all rounds together, the mean over seeds; largest peak memory."""
     costs = [point["cost"] for point in study["points"] if label(point) == arm]
     curves = {axis: [cost[f"selection_{axis}"] for cost in costs if cost[f"selection_{axis}"]] for axis in AXES}
     mean = {
         axis: statistics.fmean(curve[-1][1] for curve in found) if found else None for axis, found in curves.items()
     }
-    return ["-" if mean["seconds"] is None else format_seconds(mean["seconds"]), format_flops(mean["flops"])]
+    time = "-" if mean["seconds"] is None else format_seconds(mean["seconds"])
+    return [time, format_flops(mean["flops"]), *map(format_bytes, largest(study, arm).values())]
 
 
 def _cell(one: Compared, is_control: bool) -> str:

@@ -53,6 +53,12 @@ def share_warmup(run: StudyRun, earlier: Sequence[StudyRun]) -> StudyRun | None:
     return source
 
 
+def warmup_source(run: StudyRun, earlier: Sequence[StudyRun]) -> StudyRun | None:
+    """The run whose warm-up :func:`share_warmup` will take for one that has not begun, once that warm-up is there."""
+    wanted = warmup_options(to_dict(run.config))
+    return next((one for one in earlier if warmup_options(to_dict(one.config)) == wanted), None)
+
+
 def warmup_options(config: dict) -> dict:
     """Of a resolved configuration, all that shards and warm-up may depend on."""
     options = {name: value for name, value in config.items() if name not in FREE}

@@ -26,6 +26,8 @@ def assert_same_results(found: dict, expected: dict) -> None:
         assert task["metrics"].keys() == other["metrics"].keys()
         for metric, value in task["metrics"].items():
             assert value == pytest.approx(other["metrics"][metric], rel=1e-3 if metric == "perplexity" else 0), name
+        for key in ("bits_per_byte", "bits_per_byte_stderr"):
+            assert task[key] == pytest.approx(other[key], rel=1e-3)
         assert (task["value"], task["num_items"], task["data"]) == (other["value"], other["num_items"], other["data"])
     assert found["average"] == expected["average"] and found["average_tasks"] == expected["average_tasks"]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import socket
 import warnings
 from pathlib import Path
 
 import jinja2
 import lm_eval
+import numpy as np
 import orjson
 import pytest
 from lm_eval.api.task import ConfigurableTask
@@ -101,6 +103,39 @@ def test_document_says_what_was_measured(world: World) -> None:
         assert (task["metric"], task["value"]) == (expected, task["metrics"][expected])
         spread = task["value"] * (1 - task["value"]) / (task["num_items"] - 1)
         assert task["stderr"] == pytest.approx(spread**0.5) and task["data"]["known"] is False
+
+
+def test_bits_per_byte_by_hand(world: World, tmp_path) -> None:
+    """From the answers that lm-eval's own model gave, and what the files say is right."""
+    rows = {name: read_rows(name, world.data_dir)[1] for name in worlds.all_tasks()}
+    right = {
+        "piqa": lambda row: row["label"],
+        "boolq": lambda row: row["label"],
+        "winogrande": lambda row: int(row["answer"]) - 1,
+        "continuation": lambda row: row["gold"],
+        "cloze": lambda row: 0,
+        "lambada_openai": lambda row: 0,
+    }
+    start = 0
+    for name in worlds.all_tasks():
+        requests = worlds.make_requests(world.data_dir, tmp_path / name, [name])
+        answers = world.answers["neox_trained"][start : start + len(requests)]
+        start += len(requests)
+        if name not in right:
+            continue
+        bits = []
+        for request, (log_likelihood, _) in zip(requests, answers, strict=True):
+            row = rows[name][request.doc_id]
+            if request.idx == right[name](row):
+                text = request.args[1]
+                assert text.startswith(" ")
+                if name == "boolq":
+                    assert text == [" no", " yes"][row["label"]]
+                bits.append(-log_likelihood / math.log(2) / len(text.encode()))
+        assert len(bits) == worlds.ITEMS
+        task = world.documents["neox_trained"]["tasks"][name]
+        assert task["bits_per_byte"] == pytest.approx(sum(bits) / len(bits)) and task["bits_per_byte"] > 0
+        assert task["bits_per_byte_stderr"] == pytest.approx(np.std(bits, ddof=1) / len(bits) ** 0.5)
 
 
 def copied(world: World, folder: Path) -> Path:

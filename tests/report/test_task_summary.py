@@ -1,5 +1,6 @@
 """Task results of a run as curves, a speed-up and words."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from megatron_bliss.evaluation.results import Cell
 from megatron_bliss.report.summary import build_summary
 from megatron_bliss.report.task_summary import (
+    bits_curves,
+    bits_rows,
     perplexity_curves,
     task_curves,
     task_facts,
@@ -23,18 +26,22 @@ def points(*values: float) -> list[dict]:
     made = [{"tokens": 100 * (k + 1), "result": result({"x": v, "y": v + 0.1})} for k, v in enumerate(values)]
     for number, point in enumerate(made):
         point["result"]["tasks"]["x"]["metrics"]["perplexity"] = 50.0 - number
+        point["result"]["tasks"]["y"] |= {"bits_per_byte": 3.0 - number / 8, "bits_per_byte_stderr": 0.125}
     return made
 
 
 RUN = {"bliss": points(0.3, 0.5, 0.6), "random": points(0.3, 0.4, 0.45)}
 
 
-def summary() -> dict:
+def summary(bits: bool = True) -> dict:
     evaluations = {
         arm: [{"iteration": n, "tokens": 100 * n, "losses": {"held": 9.0 - n}} for n in (1, 2, 3)] for arm in RUN
     }
+    run = copy.deepcopy(RUN)  # results of earlier versions have no bits per byte
+    for task in [point["result"]["tasks"]["y"] for points in run.values() for point in points if not bits]:
+        del task["bits_per_byte"], task["bits_per_byte_stderr"]
     return build_summary(
-        evaluations, stages=[], domains_by_field={}, task_results=RUN, seed=1, config_text="", versions={}
+        evaluations, stages=[], domains_by_field={}, task_results=run, seed=1, config_text="", versions={}
     )
 
 
@@ -43,6 +50,7 @@ def test_curves_hold_tokens_value_and_error():
     assert list(curves) == ["x", "y", "average"] and curves["x"][1] == [200, 0.5, 0.02]
     assert curves["average"][2] == [300, pytest.approx(0.65), pytest.approx(0.02 / 2**0.5)]
     assert perplexity_curves(RUN["bliss"]) == {"x": [[100, 50.0], [200, 49.0], [300, 48.0]]}
+    assert bits_curves(RUN["bliss"]) == {"y": [[100, 3.0, 0.125], [200, 2.875, 0.125], [300, 2.75, 0.125]]}
 
 
 def test_the_summary_holds_the_tasks_and_is_json():
@@ -53,6 +61,11 @@ def test_the_summary_holds_the_tasks_and_is_json():
     assert made["arms"]["random"]["tasks"]["y"][0] == [100, 0.4, 0.02]
     table = format_table(made)
     assert "warm-up" in table and "60.0 ± 2.0" in table and "1.71x fewer steps" in table
+    assert "bits per byte of the right answer" in table and "2.875 ± 0.125" in table
+    assert list(bits_rows(made["arms"])) == list(task_rows(made["arms"])) and "bits" not in format_table(
+        summary(bits=False)
+    )
+    assert made["arms"]["random"]["bits_per_byte"]["y"][2] == [300, 2.75, 0.125]
 
 
 def test_a_run_without_tasks_says_nothing_of_them():

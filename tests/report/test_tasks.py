@@ -20,7 +20,7 @@ def write_run(folder, values: dict[str, list[float]], **changes) -> None:
         made = [result({"sciq": value + 0.1, HOSTILE: value - 0.1}) for value in averages]
         for number, one in enumerate(made):
             one["tasks"][HOSTILE]["metrics"]["perplexity"] = 1000.0 / (number + 1)
-            one["tasks"]["sciq"]["chance"] = 0.25
+            one["tasks"]["sciq"] |= {"chance": 0.25, "bits_per_byte": 2.5, "bits_per_byte_stderr": 0.25}
         measured[arm] = [{"tokens": t, "result": r} for t, r in zip(tokens, made, strict=True)]
         losses[arm] = [{"iteration": t // 1024, "tokens": t, "losses": {"held": 5.0}} for t in tokens]
     summary = build_summary(losses, stages=[], domains_by_field={}, task_results=measured, seed=1, config_text=text)
@@ -52,6 +52,7 @@ def test_arms_stand_side_by_side_in_each_round(tmp_path):
     assert "sciq: acc_norm of 400 items, chance 25%" in page.text and "lm-eval 0.4.13" in page.text
     assert "bliss reached random's at 153,600 of 256,000 tokens: 1.67x fewer steps." in page.text
     assert "Average over the tasks, percent" in page.text and "pre-training steps" in page.text
+    assert "Bits per byte of the right answer, lower is better" in page.text and source.count("2.500 ± 0.250") == 5
     assert "<script" not in source and HOSTILE[:25] in page.text  # names of tasks are text
 
 

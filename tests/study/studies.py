@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
+
+from tests.runs import ROOT, environment
 
 OPTIONS = {"rounds": 1, "evaluation.tasks": [], "pretraining.train_iters": 8, "proxy.warmup_iters": 3}
 """What the tests' runs have otherwise than tests/runs.py."""
@@ -23,3 +27,11 @@ def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def tool_command(study: Path, output: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools/study.py"), str(study), "--output", str(output), *options]
+
+
+def run_tool(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(tool_command(study, output, *options), env=environment(), capture_output=True, text=True)

@@ -11,8 +11,9 @@ from matplotlib.image import imread
 
 from megatron_bliss.study.headline import headline
 from megatron_bliss.study.paired import Spread, compare, results, spread
+from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.plot import pareto_front
-from megatron_bliss.study.table import format_study
+from megatron_bliss.study.table import SELECTION, format_study
 from megatron_bliss.study.whole import write_page
 
 
@@ -134,14 +135,16 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 
 def test_the_page_follows_from_the_json_alone(study: dict, tmp_path: Path) -> None:
+    study["points"][1]["peak_bytes"] = {"selection": 2**31, "all": 2**31}
+    study["points"][3]["peak_bytes"] = {"selection": None, "all": 3 * 2**30}
     (tmp_path / "study.json").write_text(json.dumps(study))
     page = write_page(tmp_path)
     assert page == format_study(study, "pareto.png") == (tmp_path / "study.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert rows[0] == ["arm", "selection: time", "FLOPs", "guided", "far"] and len(rows) == 8
-    assert rows[2] == ["hard/random", "0:00", "-", "5.550 ± 0.150", "5.050 ± 0.050"]
+    assert rows[0] == ["arm", *SELECTION, "guided", "far"] and len(rows) == 8
+    assert rows[2] == ["hard/random", "0:00", "-", "-", "-", "5.550 ± 0.150", "5.050 ± 0.050"]
     losses = ["4.650 ± 0.150 (-0.900 ± 0.300; 2/2)", "5.100 ± 0.100 (**+0.050 ± 0.150**; 1/2)"]
-    assert rows[3] == ["hard/chosen", "0:30", "0.0 MFLOP", *losses]
+    assert rows[3] == ["hard/chosen", "0:30", "0.0 MFLOP", "2.0 GiB", "3.0 GiB", *losses]
     assert "![Gain on the guide against loss elsewhere](pareto.png)" in page
     assert imread(tmp_path / "pareto.png").shape[1] > 1000
     (tmp_path / "study.json").write_text(json.dumps({**study, "other": []}))
@@ -165,3 +168,22 @@ def test_the_headline_is_every_seeds_own_numbers(study: dict, tmp_path: Path) ->
     (tmp_path / "study.json").write_text(json.dumps(study))
     write_page(tmp_path)
     assert json.loads((tmp_path / "headline.json").read_text()) == found
+
+
+def test_peak_memory_is_that_of_the_largest_stage() -> None:
+    def stage(arm: str, name: str, peak: int | None, *needs: str) -> dict:
+        return {"arm": arm, "stage": name, "peak_bytes": peak, "needs": list(needs)}
+
+    stages = [
+        stage("shared", "warmup target", 70),
+        stage("shared", "warmup proxy", 40),
+        stage("bliss", "bilevel", 30, "shards", "warmup/proxy"),
+        stage("bliss", "score", 20),
+        stage("bliss", "pretrain", 50, "warmup/target", "bliss/round_01/select"),
+        stage("dsir", "score", 10),
+        stage("dsir", "pretrain", 90),
+        stage("other", "pretrain", None),
+    ]
+    assert peaks(stages, "bliss") == {"selection": 40, "all": 70}
+    assert peaks(stages, "dsir") == {"selection": 10, "all": 90}
+    assert peaks(stages, "other") == {"selection": None, "all": None}

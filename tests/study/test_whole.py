@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,13 +15,14 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_bliss.study.budget import Clock, Estimate
 from megatron_bliss.study.description import read_study
-from megatron_bliss.study.execution import run_all
+from megatron_bliss.study.execution import launcher, run_all
 from megatron_bliss.study.runs import StudyRun, study_runs
 from megatron_bliss.study.table import format_study
 from megatron_bliss.study.warmup import FREE, share_warmup
 from tests.runs import ROOT, environment, metric_lines
-from tests.study.studies import VARIANTS, write_study
+from tests.study.studies import VARIANTS, run_tool, tool_command, write_study
 
 FAILING_RUN = """
 import os, pathlib, sys, time
@@ -34,14 +34,6 @@ while len(list(folder.glob("said_*"))) < int(os.environ.get("WORLD_SIZE", 1)):  
 sys.exit(3)
 """
 """Says how it was started, and fails when all its processes have said so."""
-
-
-def command(study: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/study.py"), str(study), "--output", str(output), *options]
-
-
-def run(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(study, output, *options), env=environment(), capture_output=True, text=True)
 
 
 def runs_of(study: Path, output: Path) -> list[StudyRun]:
@@ -59,24 +51,8 @@ def points_of(output: Path) -> dict:
     return untimed(json.loads((output / "study.json").read_text()))
 
 
-@pytest.fixture(scope="module")
-def given(corpus: Path, tmp_path_factory) -> Path:
-    return write_study(tmp_path_factory.mktemp("given"), corpus)
-
-
-@pytest.fixture(scope="module")
-def finished(given: Path, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("studies") / "whole"
-    result = run(given, output)
-    assert result.returncode == 0, result.stderr
-    assert "[1/4] seed 1, hard: arms random, dsir; log: " in result.stdout
-    assert "[4/4] seed 2, soft: arms random, dsir, warm-up of hard; log: " in result.stdout
-    assert (output / "study.md").read_text() in result.stdout
-    return output
-
-
 def test_all_points_are_written(given: Path, finished: Path) -> None:
-    study = points_of(finished)
+    study = json.loads((finished / "study.json").read_text())
     assert (study["control"], study["guided"], study["other"]) == ("hard/random", ["held"], ["held_other"])
     places = [(point["seed"], point["variant"], point["arm"]) for point in study["points"]]
     assert places == [(seed, variant, arm) for seed in (1, 2) for variant in VARIANTS for arm in ("random", "dsir")]
@@ -87,6 +63,7 @@ def test_all_points_are_written(given: Path, finished: Path) -> None:
         own = [stage["flops"] for stage in summary["stages"] if stage["arm"] in (point["arm"], "shared")]
         assert "warmup proxy" not in {stage["stage"] for stage in summary["stages"]}  # none of these arms needs a model
         assert point["cost"]["flops"][-1][1] == pytest.approx(sum(own))
+        assert 0 < point["peak_bytes"]["selection"] <= point["peak_bytes"]["all"]
     trained = [(one["flops"] > 0, one["tokens"]) for one in study["stages"] if one["stage"] == "pretrain"]
     assert trained == [(True, 8 * 4 * 32)] * len(places)
     page = (finished / "study.md").read_text()
@@ -102,7 +79,7 @@ def test_a_shared_warm_up_gives_what_one_of_its_own_gives(given: Path, finished:
     content = yaml.safe_load(given.read_text())
     alone = tmp_path / "alone.yaml"
     alone.write_text(yaml.safe_dump({**content, "seeds": [1], "variants": {"soft": content["variants"]["soft"]}}))
-    result = run(alone, output)
+    result = run_tool(alone, output)
     assert result.returncode == 0, result.stderr
     own = output / "runs/seed_1/soft"
     hard = shared.folder.parent / "hard"
@@ -130,7 +107,7 @@ def test_a_killed_study_goes_on_to_the_same_points(given: Path, finished: Path, 
     log = tmp_path / "killed.log"
     with open(log, "w") as said:
         process = subprocess.Popen(
-            command(given, output), env=environment(), stdout=said, stderr=said, start_new_session=True
+            tool_command(given, output), env=environment(), stdout=said, stderr=said, start_new_session=True
         )
     try:
         while not list(last.glob("random/round_01/pretrain/step_*/manifest.json")):
@@ -140,7 +117,7 @@ def test_a_killed_study_goes_on_to_the_same_points(given: Path, finished: Path, 
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not (last / "dsir").exists() and not (output / "study.json").exists()
-    result = run(given, output)
+    result = run_tool(given, output)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished before") == 3 and "[4/4] seed 2, soft: arms random, dsir; log" in result.stdout
     assert points_of(output) == points_of(finished)
@@ -149,7 +126,7 @@ def test_a_killed_study_goes_on_to_the_same_points(given: Path, finished: Path, 
 
 def test_other_options_in_a_finished_study_are_refused(corpus: Path, finished: Path, tmp_path: Path) -> None:
     variants = {"hard": {"selection.fraction": 0.5}, "soft": VARIANTS["soft"]}
-    result = run(write_study(tmp_path, corpus, variants=variants), finished)
+    result = run_tool(write_study(tmp_path, corpus, variants=variants), finished)
     assert result.returncode == 1 and "selection.fraction: 0.2 there, 0.5 now" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -160,7 +137,8 @@ def test_a_failed_run_ends_the_study_and_says_where(given: Path, tmp_path: Path,
     entry, output = tmp_path / "entry.py", tmp_path / "failed"
     entry.write_text(FAILING_RUN)
     with pytest.raises(ValueError, match=f"found status .* of seed 1, hard, expected a finished run: mend .*{output}"):
-        run_all(runs_of(given, output), output, entry, processes)
+        runs = runs_of(given, output)
+        run_all(runs, launcher(entry, processes), Clock(Estimate(read_study(given), runs), None))
     said = (output / "runs/seed_1/hard.log").read_text()
     for rank in range(processes) if processes > 1 else [None]:
         assert f"rank {rank} --config {output}/runs/seed_1/hard.yaml\n" in said
@@ -207,11 +185,11 @@ def test_only_runs_with_one_warm_up_share_it(corpus: Path, finished: Path, tmp_p
 def test_options_that_a_run_refuses_are_refused_before_the_first(
     corpus: Path, tmp_path: Path, keys: dict, message: str
 ):
-    from megatron_bliss.study.whole import run_study
+    from megatron_bliss.study.whole import Limits, run_study
 
     study = read_study(write_study(tmp_path, corpus, **keys))
     with pytest.raises(ValueError, match=message):
-        run_study(study, tmp_path / "never", only=[], entry=ROOT / "pretrain_bliss.py")
+        run_study(study, tmp_path / "never", ROOT / "pretrain_bliss.py", Limits())
     assert not (tmp_path / "never").exists()
 
 
@@ -246,6 +224,6 @@ def test_a_seed_at_work_is_left_alone(given: Path, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run(given, tmp_path)
+        result = run_tool(given, tmp_path)
     assert result.returncode == 1 and f"found {folder} at work" in result.stderr
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}
