@@ -47,8 +47,7 @@ def build_summary(
         ``domain_weights``, where the corpus has domains: {round: {domain: mean of n P_i at the end of the stage}}.
     domains_by_field: {"domain": {"pool": {label: share}, "selected": {arm: {label: share}}}, "format": ...}; the first
         field is the one of the key ``domains``, as the bliss arm selected (or the first arm, where there is none).
-    task_results: per arm its checkpoints evaluated on tasks; gives every such arm ``tasks``, ``perplexities`` and
-        ``bits_per_byte``.
+    task_results: per arm its checkpoints evaluated on tasks; gives every such arm the keys of all_task_curves.
     held_out: which of the test sets are of the guide's kind, and by how much an arm may be worse than the control.
     """
     task_results, held_out = task_results or {}, held_out or HeldOut()

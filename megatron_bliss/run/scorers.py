@@ -49,8 +49,8 @@ def _ends_documents(session: Session) -> bool:
 def drift(this: Round, source: UnitDataset, values: np.ndarray) -> dict | None:
     """How this round's scores [units] of some units differ from those that the last round's scorer gives them.
 
-    ``rank_correlation``, and ``overlap``: the share of the best fifth by one that is in the best fifth by the other.
-    None in the first round, and of an arm that learns no scorer. On the main rank.
+    ``units``, and their :func:`agreement`. None in the first round, and of an arm that learns no scorer. On the main
+    rank.
     """
     before = this.before.folder("score") / SCORER if this.number > 1 else None
     if before is None or not before.is_dir():
@@ -61,10 +61,15 @@ def drift(this: Round, source: UnitDataset, values: np.ndarray) -> dict | None:
     parts = [flat_units(source.corpus, unit, unit + 1, source.seq_length) for unit in units.tolist()]
     tokens, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     earlier, now = scorer.score(tokens, lengths), values[units]
-    best = max(1, round(BEST_SHARE * len(units)))
-    kept = [set(np.argsort(-one, kind="stable")[:best].tolist()) for one in (earlier, now)]
-    return {
-        "units": len(units),
-        "rank_correlation": spearman(earlier, now),
-        "overlap": len(kept[0] & kept[1]) / best,
-    }
+    return {"units": len(units), **agreement(earlier, now)}
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """How alike two scores [units] of the same units are.
+
+    ``rank_correlation`` (Spearman), and ``overlap``: the share of the best fifth by one that is in the best fifth by
+    the other.
+    """
+    best = max(1, round(BEST_SHARE * len(first)))
+    kept = [set(np.argsort(-one, kind="stable")[:best].tolist()) for one in (first, second)]
+    return {"rank_correlation": spearman(first, second), "overlap": len(kept[0] & kept[1]) / best}

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-KEYS = ("base", "arms", "variants", "seeds", "control", "longer", "processes")
+KEYS = ("base", "arms", "variants", "seeds", "control", "longer", "processes", "agreement")
 """What the file may hold."""
 SET_BY_STUDY = ("config", "run_folder", "seed", "stage", "round", "arm")
 """Options of a run that no variant can have."""
@@ -38,6 +38,8 @@ class Study:
     """Arm -> VARIANT/ARM: cheap arms that train on, for as many FLOPs as others take with their selection."""
     processes: int
     """Of each run."""
+    agreement: list[str]
+    """VARIANT/ARM: those whose scores are held against each other."""
 
     def arms_of(self, variant: str) -> list[str]:
         """The arms that a variant runs."""
@@ -77,6 +79,7 @@ def read_study(path: Path | str, seeds: Sequence[int] | None = None) -> Study:
         control=control,
         longer={variant.removeprefix(LONGER): f"{variant}/{variant.removeprefix(LONGER)}" for variant in longer},
         processes=content.get("processes", 1),
+        agreement=_agreement(content.get("agreement", False), arms, variants, control, path),
     )
     if type(study.processes) is not int or study.processes < 1:
         raise ValueError(f"found processes {study.processes!r} in {path}, expected 1 or more: change processes")
@@ -177,7 +180,7 @@ def _seeds(found: object, path: Path) -> list[int]:
 
 def _control(found: object, arms: list[str], variants: Mapping[str, Mapping], path: Path) -> str:
     """``ARM`` stands for that arm of the first variant that runs it."""
-    places = [f"{variant}/{arm}" for variant, options in variants.items() for arm in options.get("arms", arms)]
+    places = _places(arms, variants)
     for place in places:
         if found in (place, place.split("/")[1]):
             return place
@@ -185,6 +188,28 @@ def _control(found: object, arms: list[str], variants: Mapping[str, Mapping], pa
         f"found control {found!r} in {path}, expected an arm that the study runs ({', '.join(places)}): set control, "
         "or add the arm to a variant"
     )
+
+
+def _places(arms: list[str], variants: Mapping[str, Mapping]) -> list[str]:
+    """Every VARIANT/ARM."""
+    return [f"{variant}/{arm}" for variant, options in variants.items() for arm in options.get("arms", arms)]
+
+
+def _agreement(found: object, arms: list[str], variants: Mapping[str, Mapping], control: str, path: Path) -> list[str]:
+    """``true``: all arms but those of the control's name and those that train on."""
+    places = _places(arms, variants)
+    if found is True:
+        found = [one for one in places if one.split("/")[1] != control.split("/")[1] and not one.startswith(LONGER)]
+    elif found is False:
+        return []
+    named = _names(found, f"agreement in {path}", "VARIANT/ARM, or true for all arms")
+    unknown = [name for name in named if name not in places]
+    if unknown or len(named) < 2:
+        raise ValueError(
+            f"found agreement {named} in {path}, expected two or more that the study runs ({', '.join(places)}): "
+            "change agreement"
+        )
+    return named
 
 
 def _longer(found: object, options: Mapping[str, Any], control: str, path: Path) -> dict[str, dict]:

@@ -6,30 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bliss.base.files import read_json
+from megatron_bliss.study.agreement import read_agreement
+from megatron_bliss.study.bits import read_bytes_per_token
 from megatron_bliss.study.description import Study
 from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.runs import StudyRun
 from megatron_bliss.study.stage_costs import read_stage_costs
+from megatron_bliss.study.task_results import last_results
 
 
 def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
-    """{"control", "longer", "seeds", "guided", "other", "points", "stages"}: all that tables and plots are made from.
+    """{"control", "longer", "seeds", "guided", "other", "points", "bytes_per_token", "tasks", "agreement",
+    "stages"}: all that tables and plots are made from.
 
     A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve},
-    "peak_bytes": {"selection", "all"}}, its curves as in ``summary.json``.
+    "peak_bytes": {"selection", "all"}, "tasks": {"accuracy", "bits_per_byte"} at its end}, its
+    curves as in ``summary.json``.
     """
-    points = []
+    points, tasks = [], {}
     for run in runs:
         summary = read_json(run.folder / "summary.json")
         arms = summary["arms"]
         for arm in run.config.arms:
             point = {"seed": run.seed, "variant": run.variant, "arm": arm}
             point |= {key: arms[arm][key] for key in ("losses", "cost")}
-            point["peak_bytes"] = peaks(summary["stages"], arm)
+            point |= {"peak_bytes": peaks(summary["stages"], arm), "tasks": last_results(arms[arm])}
             points.append(point)
+        tasks |= summary["task_facts"].get("tasks", {})
     made = {f"{run.variant}/{arm}" for run in runs for arm in run.config.arms}
     longer = {arm: place for arm, place in study.longer.items() if place in made}
     found = {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}
+    found |= {"bytes_per_token": read_bytes_per_token(runs), "tasks": tasks}
+    found["agreement"] = read_agreement(study, runs)
     return found | {"stages": read_stage_costs(runs)}
 
 

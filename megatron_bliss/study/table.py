@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from megatron_bliss.base.text import format_bytes, format_flops, format_seconds
 from megatron_bliss.report.arm_costs import AXES
+from megatron_bliss.study.agreement import agreement_section
+from megatron_bliss.study.bits import bits_section
+from megatron_bliss.study.cells import compared_cell, difference_text, names_in_code, table
 from megatron_bliss.study.paired import (
-    Compared,
-    Spread,
     at_equal_compute,
     at_equal_tokens,
     label,
@@ -19,12 +20,12 @@ from megatron_bliss.study.paired import (
 )
 from megatron_bliss.study.peaks import largest
 from megatron_bliss.study.stage_costs import stage_costs_section
+from megatron_bliss.study.task_results import tasks_section
 
 NOTE = (
-    "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to "
-    "{control}, seed by seed (bold where it is worse), and in how many seeds it is below. `guided` is the mean over "
-    "the sets of the guide's kind ({guided}){other}. Peak memory is that of "
-    "the largest process in any seed."
+    "Loss in nats per labelled token, lower is better: {seeds}. In brackets: difference to {control}, seed by seed "
+    "(bold where it is worse), and in how many seeds it is below (3/3: in each of three). `guided` is the mean over "
+    "the sets of the guide's kind ({guided}){other}. Peak memory is that of the largest process in any seed."
 )
 NOTES = {
     at_equal_tokens: "Every arm has seen the same target tokens; what selection took comes on top.",
@@ -47,20 +48,17 @@ def format_study(study: Mapping, plot: str = "") -> str:
         if len(seeds) > 1
         else f"seed {seeds[0]} alone",
         control=f"`{study['control']}`",
-        guided=_listed(study["guided"]),
-        other=f"; it does not speak for {_listed(study['other'])}" if study["other"] else "",
+        guided=names_in_code(study["guided"]),
+        other=f"; it does not speak for {names_in_code(study['other'])}" if study["other"] else "",
     )
     blocks = ["# Arms compared", note]
     for reading, rows in results(study).items():
         blocks += [f"## At {reading}", NOTES[readings(study)[reading]], _table(study, rows)]
-    blocks += stage_costs_section(study)
+    for section in (bits_section, tasks_section, agreement_section, stage_costs_section):
+        blocks += section(study)
     if plot:
         blocks.append(f"![Gain on the guide against loss elsewhere]({plot})")
     return "\n\n".join(blocks) + "\n"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
@@ -68,13 +66,12 @@ def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
     alone = [*(study["guided"] if len(study["guided"]) > 1 else []), *study["other"]]
     rivals = next(iter(rows.values()))["rivals"]
     lines = [["arm", *SELECTION, "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
-    lines.append(["---"] * len(lines[0]))
     for arm, row in rows.items():
         is_control = arm == study["control"]
         compared = [row["guided"], *(row["sets"][name] for name in alone)]
-        lines.append([arm, *_selection(study, arm), *(_cell(one, is_control) for one in compared)])
-        lines[-1] += [_difference(one) or "-" for one in row["rivals"].values()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([arm, *_selection(study, arm), *(compared_cell(one, is_control) for one in compared)])
+        lines[-1] += [difference_text(one) or "-" for one in row["rivals"].values()]
+    return table(lines)
 
 
 def _selection(study: Mapping, arm: str) -> list[str]:
@@ -86,26 +83,3 @@ def _selection(study: Mapping, arm: str) -> list[str]:
     }
     time = "-" if mean["seconds"] is None else format_seconds(mean["seconds"])
     return [time, format_flops(mean["flops"]), *map(format_bytes, largest(study, arm).values())]
-
-
-def _cell(one: Compared, is_control: bool) -> str:
-    value, difference = format_spread(one.value), _difference(one)
-    return value if is_control or not difference else f"{value} ({difference})"
-
-
-def _difference(one: Compared) -> str:
-    """Such as "-0.900 ± 0.300; 2/2"; empty where there is none."""
-    if one.difference.mean is None:
-        return ""
-    difference = format_spread(one.difference, sign="+")
-    if one.difference.mean > 0:
-        difference = f"**{difference}**"
-    return f"{difference}; {one.wins}/{one.pairs}"
-
-
-def format_spread(spread: Spread, sign: str = "") -> str:
-    """Such as "4.822 ± 0.011"; "-" where there is none."""
-    if spread.mean is None:
-        return "-"
-    text = f"{spread.mean:{sign}.3f}"
-    return text if spread.error is None else f"{text} ± {spread.error:.3f}"

@@ -61,6 +61,18 @@ def test_arms_that_train_on_are_variants_with_the_options_of_the_control(tmp_pat
     assert not study.is_reference("longer-dsir", "dsir") and not study.is_reference("b", "bliss")
 
 
+def test_all_arms_that_look_at_something_can_be_held_against_each_other(tmp_path: Path) -> None:
+    variants = {"a": {"arms": ["bliss"]}, "b": {}}
+    longer = {"random": {"rounds": 2}}
+    study = read(tmp_path, {**GIVEN, "variants": variants, "longer": longer, "agreement": True})
+    assert study.agreement == ["a/bliss", "b/bliss"]
+    assert read(tmp_path, {**GIVEN, "variants": variants}).agreement == []
+    assert read(tmp_path, {**GIVEN, "agreement": ["base/random", "base/bliss"]}).agreement == [
+        "base/random",
+        "base/bliss",
+    ]
+
+
 def test_merging_leaves_both_as_they_were() -> None:
     first, second = {"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"z": 4, "w": 5}}, "b": {"c": 6}}
     assert merged(first, second) == {"a": {"x": 1, "y": {"z": 4, "w": 5}}, "b": {"c": 6}}
@@ -95,6 +107,10 @@ def test_merging_leaves_both_as_they_were() -> None:
         ({"longer": {"random": 3}}, "found 3 as longer of random in .*expected options"),
         ({"longer": {"random": {"arms": ["bliss"]}}}, "found arms in longer of random .*take it out"),
         ({"variants": {"longer-random": {}}}, "found a variant 'longer-random' .*no longer- before it"),
+        ({"agreement": ["base/bliss"]}, r"expected two or more that the study runs \(base/bliss, base/random\)"),
+        ({"agreement": ["base/bliss", "base/dsir"]}, "found agreement .*expected two or more"),
+        ({"agreement": True}, r"found agreement \['base/bliss'\]"),
+        ({"agreement": "bliss"}, "found 'bliss' as agreement .*expected a list of different VARIANT/ARM, or true"),
         ({"processes": 0}, "found processes 0"),
         ({"processes": True}, "found processes True"),
     ],
