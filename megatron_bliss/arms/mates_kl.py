@@ -119,6 +119,7 @@ ARM = Arm(
         batches=lambda config: config.lower_iters,
         working=_working,
         held_vectors=0,
+        summed_vectors=lambda config: config.lower_iters,  # gradients
         to_shrink="set bilevel.micro_batch_size",
         learns_scores=False,
     ),

@@ -59,6 +59,7 @@ ARM = Arm(
         batches=lambda config: config.lower_iters + 1,
         working=_working,
         held_vectors=0,
+        summed_vectors=lambda config: config.lower_iters + 1,  # gradients, and z
         to_shrink="lower bilevel.global_batch_size or data.seq_length, use more ranks, or leave out the arm published",
         weighs_guide_sets=False,
         every_rank_draws=True,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_bliss.bilevel.flops import bilevel_flops
+from megatron_bliss.bilevel.guide_weightings import GUIDE_WEIGHTINGS
+from megatron_bliss.bilevel.solvers import SOLVERS
 from megatron_bliss.config.bilevel import BilevelConfig
 from megatron_bliss.models.presets import Architecture
 from megatron_bliss.models.score_architecture import ScoreArchitecture
@@ -34,6 +36,8 @@ class Scheme:
     that a step makes and drops)."""
     held_vectors: int
     """Vectors as large as the proxy that are kept between steps, beside weights and moments."""
+    summed_vectors: Callable[[BilevelConfig], int]
+    """Vectors as large as the proxy, in fp32, that an upper step adds up over all ranks."""
     to_shrink: str
     """What to change where a step takes too much memory; {room}: GiB that are free for it."""
     learns_scores: bool = True
@@ -63,12 +67,21 @@ def _engine_working(config: BilevelConfig, shape: StepShape, samples: int, kept:
     return at_once, max(step, planned_gradient_bytes(shape, at_once, recompute, kept))
 
 
+def _engine_summed_vectors(config: BilevelConfig) -> int:
+    """Gradient and product of each walk, and a gradient for each lower step but the last, for the validation batch and
+    for each step of a control."""
+    walks = SOLVERS[config.solver].walks(config.solver_steps)
+    control = GUIDE_WEIGHTINGS[config.guide_weighting].against_control
+    return 2 * walks + config.lower_iters - 1 + 1 + control * config.lower_iters
+
+
 ENGINE = Scheme(
     trainer=_engine_trainer,
     flops=bilevel_flops,
     batches=lambda config: config.lower_iters,
     working=_engine_working,
     held_vectors=1,  # z
+    summed_vectors=_engine_summed_vectors,
     to_shrink="set bilevel.memory_limit_gib to less than {room:.1f}, or lower micro_batch_size",
 )
 """The arm bliss: bilevel/train.py."""

@@ -103,8 +103,9 @@ def _llama(num_layers: int, hidden_size: int, ffn: int, heads: int, groups: int)
     )
 
 
-# The Pythia sizes are EleutherAI's, with their padded vocabulary; the LLaMA sizes are ours but for the first (the
-# 12 x 768 of the pre-training literature): each holds the number of parameters in its name at 32,000 tokens, untied.
+# The Pythia sizes are EleutherAI's, with their padded vocabulary. Of the LLaMA sizes, 13b and 70b are LLaMA 2's (arXiv
+# 2307.09288), 134m is the 12 x 768 of the pre-training literature, and the others are ours: each holds the number of
+# parameters in its name at 32,000 tokens, untied.
 PRESETS: dict[str, Architecture] = {
     "pythia-14m": _pythia(6, 128, 4),  # 14,067,712
     "pythia-31m": _pythia(6, 256, 8),  # 30,494,720
@@ -118,6 +119,8 @@ PRESETS: dict[str, Architecture] = {
     "llama-300m": _llama(20, 1024, 2944, heads=16, groups=4),  # 298,886,144
     "llama-0.5b": _llama(24, 1280, 3456, heads=20, groups=4),  # 494,859,520
     "llama-1b": _llama(20, 2048, 5632, heads=32, groups=4),  # 1,011,959,808
+    "llama-13b": _llama(40, 5120, 13824, heads=40, groups=40),  # 13,015,864,320
+    "llama-70b": _llama(80, 8192, 28672, heads=64, groups=8),  # 68,976,648,192
 }
 
 

@@ -60,7 +60,7 @@ def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, mo
     Each stage on the pipeline rank that holds most. ``fits``: True, False, or None where the memory is not known.
     """
     sizing = _Sizing(config, device, layout, memory_gib, models)
-    learning = _bilevel_stages(config)
+    learning = bilevel_stages(config)
     stages = [sizing.training()]
     stages += [sizing.proxy_warmup()] if needs_proxy(config) else []
     stages += starmap(sizing.bilevel, learning.items())
@@ -88,7 +88,7 @@ def memory_plan(config: Config, device: str, layout: dict, memory_gib: float, mo
     }
 
 
-def _bilevel_stages(config: Config) -> dict[str, tuple[BilevelConfig, Scheme]]:
+def bilevel_stages(config: Config) -> dict[str, tuple[BilevelConfig, Scheme]]:
     """The bilevel stages that make steps: that of the options, and by their names those of arms that differ from it."""
     stages = {}
     for name in config.arms:

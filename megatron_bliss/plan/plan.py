@@ -23,6 +23,8 @@ from megatron_bliss.models.flops import proxy_warmup_flops, training_flops
 from megatron_bliss.models.presets import Architecture, parameter_count
 from megatron_bliss.plan.corpus import Corpus, data_plan, disk_plan, plan_corpus, plan_vocabulary, reference_tokens
 from megatron_bliss.plan.memory import Models, memory_plan
+from megatron_bliss.plan.sharing import busy_share, teacher_share
+from megatron_bliss.plan.traffic import traffic_plan
 from megatron_bliss.run.checks import check_layout, check_options, not_ready
 from megatron_bliss.run.order import distils, needs_proxy, round_stages
 from megatron_bliss.target.layout import check_layout as check_target_layout
@@ -94,7 +96,7 @@ def make_plan(
     target, proxy, score = models.target, models.proxy, models.score
     layout, warnings = _layout(config, machine, target)
     corpus = plan_corpus(config, corpus_tokens)
-    stages = [_timed(record, config, machine, models) for record in _stages(config, models, corpus)]
+    stages = [_timed(record, config, machine, models, layout) for record in _stages(config, models, corpus)]
     data = data_plan(config, corpus)
     return {
         "machine": asdict(machine),
@@ -110,6 +112,7 @@ def make_plan(
         "stages": stages,
         **_totals(stages, machine),
         "memory": memory_plan(config, machine.kind(config.platform), layout, machine.memory_gib, models),
+        "traffic": traffic_plan(config, layout, models),
         "data": data,
         "disk": disk_plan(config, corpus, target, proxy, score),
     }
@@ -214,11 +217,11 @@ def _record(arm: str, number: int, stage: str, tokens: int, flops: float) -> dic
     return {"arm": arm, "round": number, "stage": stage, "tokens": tokens, "flops": flops}
 
 
-def _timed(record: dict, config: Config, machine: Machine, models: Models) -> dict:
+def _timed(record: dict, config: Config, machine: Machine, models: Models, layout: dict) -> dict:
     """A record with its seconds: FLOPs / (ranks x peak in the precision x utilisation) of each of its parts; None
     without a peak."""
     seconds = 0.0
-    for dtype, flops, share in _parts(record, config, machine, models):
+    for dtype, flops, share in _parts(record, config, machine, models, layout):
         peak = machine.peak(config.platform, dtype)
         if peak is None:
             return {**record, "seconds": None}
@@ -226,11 +229,18 @@ def _timed(record: dict, config: Config, machine: Machine, models: Models) -> di
     return {**record, "seconds": seconds}
 
 
-def _parts(record: dict, config: Config, machine: Machine, models: Models) -> list[tuple[str, float, float]]:
-    """A stage's work as (precision, FLOPs, utilisation) of the models that do it."""
+def _parts(
+    record: dict, config: Config, machine: Machine, models: Models, layout: dict
+) -> list[tuple[str, float, float]]:
+    """A stage's work as (precision, FLOPs, utilisation) of the models that do it.
+
+    The utilisation of batches of small models is that of the ranks that have samples x their share of the time; the
+    teaching of counts at a bilevel stage's start is taken to be dealt as its batches are.
+    """
     platform, flops, small = config.platform, record["flops"], machine.proxy_mfu or machine.mfu
     if record["stage"] == "warmup proxy":
-        return [(config.proxy.warmup_params_dtype, flops, small)]
+        dealt = busy_share(config.proxy.warmup_batch_size, machine.world_size)
+        return [(config.proxy.warmup_params_dtype, flops, small * dealt)]
     if record["stage"] == "score":
         return [(_scoring_dtype(config, record["arm"]), flops, small)]
     if record["stage"] == "bilevel":  # the frozen target runs in its own precision, and is no small model
@@ -238,7 +248,11 @@ def _parts(record: dict, config: Config, machine: Machine, models: Models) -> li
         settings = arm.bilevel_options(config.bilevel)
         sizes = models.proxy, models.target, config.data.seq_length, models.score
         frozen = arm.scheme.flops(settings, *sizes) - arm.scheme.flops(replace(settings, kl_weight=0.0), *sizes)
-        return [(platform.params_dtype, frozen, machine.mfu), (settings.params_dtype, flops - frozen, small)]
+        samples = settings.global_batch_size, settings.validation_batch_size
+        dealt = min(busy_share(batch, machine.world_size) for batch in samples)
+        held = teacher_share(settings.global_batch_size, layout, config.target)
+        own = settings.params_dtype, flops - frozen, small * dealt
+        return [(platform.params_dtype, frozen, machine.mfu * held), own]
     return [(platform.params_dtype, flops, machine.mfu)]
 
 
@@ -260,8 +274,8 @@ def _assumptions(config: Config, machine: Machine) -> list[str]:
     described = " and ".join(f"{peak / 1e12:g} TFLOP/s in {dtype}" for dtype, peak in peaks.items())
     return [
         f"time = FLOPs / (ranks x peak x utilisation), with a peak of {described} and a utilisation of "
-        f"{machine.mfu:.0%} for the target, {small:.0%} for proxy and score model (--mfu, --proxy-mfu); evaluations, "
-        "checkpoints, selection and start-up come on top"
+        f"{machine.mfu:.0%} for the target, {small:.0%} for proxy and score model (--mfu, --proxy-mfu) on ranks that "
+        "have samples; evaluations, checkpoints, selection, start-up and waiting for the network come on top"
     ]
 
 

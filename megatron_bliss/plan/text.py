@@ -13,11 +13,12 @@ PARTS = ("parameters", "gradients", "optimizer", "working", "total")
 
 
 def format_plan(plan: Mapping) -> str:
-    """The whole plan: layout, what is missing or assumed, work, memory, data, disk."""
-    blocks = [_head(plan), _work(plan), _memory(plan), _data(plan["data"]), _disk(plan["disk"])]
+    """The whole plan: layout, what is missing or assumed, work, memory, traffic, data, disk."""
+    blocks = [_head(plan), _work(plan), _memory(plan), _traffic(plan["traffic"])]
+    blocks += [_data(plan["data"]), _disk(plan["disk"])]
     notes = [("not ready", plan["not_ready"]), ("warning", plan["warnings"]), ("assumed", plan["assumptions"])]
     lines = [_wrapped(f"{kind}: {text}") for kind, texts in notes for text in texts]
-    return "\n\n".join([*blocks, "\n".join(lines)])
+    return "\n\n".join([*filter(None, blocks), "\n".join(lines)])
 
 
 def _wrapped(text: str) -> str:
@@ -75,6 +76,28 @@ def _memory(plan: Mapping) -> str:
         verdict = "every stage fits" if memory["fits"] else "not every stage fits"
         lines[0] += f"; {verdict} in {limit:g} GiB, of which a tenth is left to CUDA, NCCL and the allocator"
     return "\n  ".join([table, *map(_wrapped, [*lines, *memory["advice"]])])
+
+
+def _traffic(stages: Sequence[Mapping]) -> str:
+    """A line per kind of exchange; "" where a rank is alone."""
+    rows = []
+    for entry in stages:
+        rows += [
+            [
+                f"{entry['stage']}, {entry['step']}",
+                flow["what"],
+                f"{flow['among']} {flow['ranks']}",
+                _sent(flow["bytes"]),
+            ]
+            for flow in entry["flows"]
+        ]
+    title = "Traffic: what the rank that sends most sends in a step (ring algorithms)"
+    return align(title, ["step", "what", "among", "bytes"], rows, left=3) if rows else ""
+
+
+def _sent(count: int) -> str:
+    """Sizes of a message, from KiB on."""
+    return format_bytes(count) if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def _data(data: Mapping) -> str:

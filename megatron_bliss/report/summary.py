@@ -51,9 +51,10 @@ def build_summary(
     held_out: which of the test sets are of the guide's kind, and by how much an arm may be worse than the control.
     """
     task_results, held_out = task_results or {}, held_out or HeldOut()
-    arms = {arm: _arm_summary(one) | {"cost": cost_curves(one, stages, arm)} for arm, one in evaluations.items()}
-    for arm, rounds in _domain_weights(stages).items():
-        arms[arm] |= {"domain_weights": rounds}
+    arms = {
+        arm: _arm_summary(measured) | {"cost": cost_curves(measured, stages, arm)} | _domain_weights(stages, arm)
+        for arm, measured in evaluations.items()
+    }
     for arm, measured in task_results.items():
         arms[arm] |= all_task_curves(measured)
     losses = {arm: content["losses"] for arm, content in arms.items()}
@@ -99,12 +100,10 @@ def _arm_summary(measured: Sequence[Mapping]) -> dict:
     }
 
 
-def _domain_weights(stages: Sequence[Mapping]) -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for one in stages:
-        if one.get("domain_weights"):
-            found.setdefault(one["arm"], {})[str(one["round"])] = one["domain_weights"]
-    return found
+def _domain_weights(stages: Sequence[Mapping], arm: str) -> dict[str, dict]:
+    noted = [one for one in stages if one["arm"] == arm and one.get("domain_weights")]
+    weights = {str(one["round"]): one["domain_weights"] for one in noted}
+    return {"domain_weights": weights} if weights else {}
 
 
 def package_versions() -> dict[str, str]:

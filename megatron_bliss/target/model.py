@@ -92,15 +92,23 @@ def build_target(
     seed: int,
 ) -> Target:
     """The target with initial weights, on ``groups.device``; ValueError where its sizes don't fit the layout."""
-    check_layout(config, architecture, seq_length)
-    model_config = transformer_config(config, architecture, params_dtype)
-    chunks = config.virtual_pipeline_model_parallel_size
-    target = [
-        _build_chunk(config, model_config, architecture, groups, seq_length, part, chunks) for part in range(chunks)
-    ]
+    target = build_chunks(config, architecture, groups, seq_length=seq_length, params_dtype=params_dtype)
     for chunk in target:
         initialize_weights(chunk, architecture, groups, seed)
     return [chunk.to(groups.device) for chunk in target]
+
+
+def build_chunks(
+    config: TargetConfig, architecture: Architecture, groups: Groups, *, seq_length: int, params_dtype: torch.dtype
+) -> Target:
+    """This rank's chunks with weights that are yet to be drawn, on torch's default device, ``meta`` if you like;
+    ValueError where the target's sizes don't fit the layout."""
+    check_layout(config, architecture, seq_length)
+    model_config = transformer_config(config, architecture, params_dtype)
+    chunks = config.virtual_pipeline_model_parallel_size
+    return [
+        _build_chunk(config, model_config, architecture, groups, seq_length, part, chunks) for part in range(chunks)
+    ]
 
 
 def _build_chunk(

@@ -6,7 +6,7 @@ from megatron_bliss.config.models import ModelConfig, ProxyConfig
 from megatron_bliss.models.presets import PRESETS, parameter_count, resolve_architecture
 from megatron_bliss.models.transformer import build_lm
 
-PUBLISHED = {  # Biderman et al. 2023, table 1, and the model cards
+PUBLISHED = {  # Biderman et al. 2023, table 1, and the model cards; LLaMA 2's weights on Hugging Face (13.0B, 69B)
     "pythia-14m": 14_067_712,
     "pythia-31m": 30_494_720,
     "pythia-70m": 70_426_624,
@@ -15,6 +15,8 @@ PUBLISHED = {  # Biderman et al. 2023, table 1, and the model cards
     "pythia-1b": 1_011_781_632,
     "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016,
+    "llama-13b": 13_015_864_320,
+    "llama-70b": 68_976_648_192,
 }
 
 

@@ -32,7 +32,7 @@ from tools import plan as tool
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config.yaml"))
 PROXY = ModelConfig(preset="pythia-31m")
-RANKS = {"quickstart": 2, "web_text": 2}
+RANKS = {"quickstart": 2, "web_text": 2, "llama_70b_c4": 32}
 
 
 def options(name: str, *others: str) -> list[str]:
@@ -64,7 +64,8 @@ def test_every_example_is_planned_without_its_corpus(name: str, tmp_path: Path, 
     assert all(one["epochs"] == pytest.approx(1.0, rel=1e-3) for one in planned["data"]["rounds"])
     assert all(entry["total"] > 0 for entry in planned["memory"]["stages"])
     text = format_plan(planned)
-    for part in ("Work", "Memory of the rank", "Data: a corpus of", "Disk", "not ready:", "assumed:", "estimated"):
+    parts = ("Work", "Memory of the rank", "Traffic: what the rank", "Data: a corpus of", "Disk", "not ready:")
+    for part in (*parts, "assumed:", "estimated"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 112
 
@@ -98,6 +99,40 @@ def test_the_frozen_target_keeps_its_own_precision_and_utilisation() -> None:
     assert found["flops"] == bilevel_flops(settings.bilevel, proxy, target, 1024) > alone
     expected = (found["flops"] - alone) / (312e12 * 0.4) + alone / (19.5e12 * 0.1)
     assert found["seconds"] == pytest.approx(expected / 8)
+
+
+def test_ranks_without_a_sample_take_as_long_as_those_with_one() -> None:
+    """32 samples a step: 64 ranks are no faster than 32, and the plan says which batch would make use of them."""
+    few, many = (plan("pythia_1b_c4", world_size=ranks, device="h100") for ranks in (32, 64))
+    stages = [next(one for one in planned["stages"] if one["stage"] == "bilevel") for planned in (few, many)]
+    assert stages[0]["flops"] == stages[1]["flops"]
+    assert stages[1]["seconds"] == pytest.approx(stages[0]["seconds"])
+    assert any("bilevel.global_batch_size 32 on 64 ranks" in text for text in many["warnings"])
+    larger = ("--bilevel.global_batch_size", "64", "--bilevel.validation_batch_size", "64", "--bilevel.upper_iters")
+    halved = plan("pythia_1b_c4", *larger, "1500", world_size=64, device="h100")
+    assert next(one for one in halved["stages"] if one["stage"] == "bilevel")["seconds"] == pytest.approx(
+        stages[0]["seconds"] / 2
+    )
+
+
+def test_traffic_grows_with_the_layout() -> None:
+    def sent(planned: dict, stage: str) -> dict[str, int]:
+        entry = next(one for one in planned["traffic"] if one["stage"] == stage)
+        assert entry["total"] == sum(flow["bytes"] for flow in entry["flows"] if flow["among"] != "host")
+        return {flow["what"]: flow["bytes"] for flow in entry["flows"]}
+
+    replicas = sent(plan("pythia_1b_c4"), "target training")
+    assert set(replicas) == {"gradients, scattered", "weights, gathered"}
+    assert replicas["gradients, scattered"] == 2 * replicas["weights, gathered"]
+    assert replicas["gradients, scattered"] == pytest.approx(4 * 1_011_781_632 * 7 / 8, rel=1e-3)
+    upper = sent(plan("pythia_1b_c4"), "bilevel")
+    proxy = plan("pythia_1b_c4")["models"]["proxy"]["parameters"]
+    assert upper["vectors of the proxy"] == 3 * 4 * proxy * 2 * 7 // 8
+    large = sent(plan("llama_70b_c4", world_size=64), "target training")
+    assert set(large) - set(replicas) == {"activations and adjoints of layers", "gradients of norms", "between stages"}
+    assert "frozen target: weights in and out" in sent(plan("llama_70b_c4", world_size=64), "bilevel")
+    alone = plan("pythia_1b_c4", world_size=1)
+    assert all(entry["flows"] == [] for entry in alone["traffic"]) and "Traffic" not in format_plan(alone)
 
 
 def test_scores_of_counts_make_selection_a_small_part_of_the_time() -> None:

@@ -70,11 +70,14 @@ def test_the_summary_has_the_last_weights_of_each_arm_and_round() -> None:
     stages = [
         {"arm": "bliss", "round": 1, "stage": "bilevel", "seconds": 2, "domain_weights": {"prose": 1.5, HOSTILE: 0.25}},
         {"arm": "bliss", "round": 2, "stage": "bilevel", "seconds": 2, "domain_weights": {"prose": 1.25}},
+        {"arm": "bliss", "round": 2, "stage": "score", "seconds": 2, "domain_weights": None},
         {"arm": "random", "round": 1, "stage": "score", "seconds": 1, "domain_weights": None},
+        {"arm": "identity", "round": 1, "stage": "bilevel", "seconds": 2, "domain_weights": {"prose": 2.0}},  # left out
     ]
     measured = [{"iteration": 1, "tokens": 5, "losses": {"held": 3.0}}]
     evaluations = {"bliss": measured, "random": measured}
     summary = build_summary(evaluations, stages=stages, domains_by_field={}, seed=7, config_text="")
     expected = {"1": {"prose": 1.5, HOSTILE: 0.25}, "2": {"prose": 1.25}}
     assert summary["arms"]["bliss"]["domain_weights"] == expected
-    assert "domain_weights" not in summary["arms"]["random"] and "domain_weights" not in summary["stages"][0]
+    assert "domain_weights" not in summary["arms"]["random"] and "identity" not in summary["arms"]
+    assert "domain_weights" not in summary["stages"][0]
