@@ -22,7 +22,6 @@ def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
         "arms": ["random", "dsir"],
         "base": {"config": str(corpus / "config.yaml"), **OPTIONS},
         "variants": VARIANTS,
-        "agreement": ["hard/dsir", "soft/dsir", "hard/random"],
         **keys,
     }
     path = folder / "given.yaml"
