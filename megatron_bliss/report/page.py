@@ -41,15 +41,20 @@ def build_report(run_folder: Path | str) -> str:
     if not folder.is_dir():
         raise ValueError(f"found no folder {folder}, expected a run folder; change the path")
     run = read_run(folder)
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = (_head, alarm, _missing, loss_section, gain_section, task_section, pretraining_section, bilevel_section,
                 score_section, share_section, sample_section, _stage_section, _config_section)  # fmt: skip
     body = "\n".join(write(run) for write in sections)
+    return document(f"{run.name} - BLISS run", body)
+
+
+def document(title: str, body: str) -> str:
+    """A whole page of a title and of markup, which is taken as it is."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.name)} - BLISS run</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

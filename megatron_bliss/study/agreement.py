@@ -15,7 +15,7 @@ from megatron_bliss.study.description import Study
 from megatron_bliss.study.paired import Spread, spread
 from megatron_bliss.study.runs import StudyRun
 
-MOST_IN_MATRIX = 8
+MOST_IN_MATRIX = 10
 """With more points, each is compared with the first alone."""
 MEASURES = {"rank_correlation": "Rank correlation (Spearman)", "overlap": f"Overlap of the best {BEST_SHARE:.0%}"}
 NOTE = (

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-KEYS = ("base", "arms", "variants", "seeds", "control", "longer", "processes", "agreement")
+from megatron_bliss.study.options import merged, nested, swept_name, swept_variants
+
+KEYS = ("base", "arms", "variants", "seeds", "control", "longer", "processes", "agreement", "sweep")
 """What the file may hold."""
 SET_BY_STUDY = ("config", "run_folder", "seed", "stage", "round", "arm")
 """Options of a run that no variant can have."""
@@ -40,6 +42,8 @@ class Study:
     """Of each run."""
     agreement: list[str]
     """VARIANT/ARM: those whose scores are held against each other."""
+    sweep: dict[str, Any]
+    """{"option": name, "series": {variant: the one it was made of}} of variants that ``sweep`` makes; else empty."""
 
     def arms_of(self, variant: str) -> list[str]:
         """The arms that a variant runs."""
@@ -66,8 +70,15 @@ def read_study(path: Path | str, seeds: Sequence[int] | None = None) -> Study:
     if unknown:
         raise ValueError(f"found {', '.join(unknown)} in {path}, expected only {', '.join(KEYS)}: change these keys")
     arms = _names(content.get("arms"), f"arms in {path}", "arms of a run, such as [bliss, random]")
-    variants = _variants(content.get("variants"), path)
-    control = _control(content.get("control", "random"), arms, variants, path)
+    found_control = content.get("control", "random")
+    variants, sweep = _variants(content.get("variants"), path), {}
+    if "sweep" in content:
+        option, values = _sweep(content["sweep"], path)
+        start = variants if content.get("variants") is not None else {"": {}}
+        sweep = {"option": option, "series": {swept_name(name, option, one): name for name in start for one in values}}
+        made = swept_variants(option, values, start, arms, str(found_control).rpartition("/")[2])
+        variants = _variants(made, path)
+    control = _control(found_control, arms, variants, path)
     longer = _longer(content.get("longer"), variants[control.split("/")[0]], control.split("/")[1], path)
     variants |= longer
     found_seeds = list(seeds) if seeds is not None else content.get("seeds")
@@ -80,20 +91,11 @@ def read_study(path: Path | str, seeds: Sequence[int] | None = None) -> Study:
         longer={variant.removeprefix(LONGER): f"{variant}/{variant.removeprefix(LONGER)}" for variant in longer},
         processes=content.get("processes", 1),
         agreement=_agreement(content.get("agreement", False), arms, variants, control, path),
+        sweep=sweep,
     )
     if type(study.processes) is not int or study.processes < 1:
         raise ValueError(f"found processes {study.processes!r} in {path}, expected 1 or more: change processes")
     return study
-
-
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options with those of ``second`` over those of ``first``."""
-    result = dict(first)
-    for name, value in second.items():
-        before = result.get(name)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        result[name] = merged(before, value) if both else value
-    return result
 
 
 def _read_mapping(path: Path) -> dict:
@@ -117,7 +119,7 @@ def _base(found: object, path: Path) -> dict:
         found_there = {
             name: value for name, value in _read_mapping(start).items() if name not in (*SET_BY_STUDY, "arms")
         }
-        given = merged(given, _nested(found_there))
+        given = merged(given, nested(found_there))
     return merged(given, options)
 
 
@@ -127,19 +129,7 @@ def _options(found: object, place: str, forbidden: Sequence[str]) -> dict:
     for name in found:
         if name in forbidden:
             raise ValueError(f"found {name} in {place}, expected no {name}: the study sets it, take it out")
-    return _nested(found)
-
-
-def _nested(options: Mapping[str, Any]) -> dict:
-    """``{"selection.fraction": 0.2}`` as ``{"selection": {"fraction": 0.2}}``."""
-    result: dict = {}
-    for name, value in options.items():
-        *sections, last = name.split(".")
-        one = {last: value}
-        for section in reversed(sections):
-            one = {section: one}
-        result = merged(result, one)
-    return result
+    return nested(found)
 
 
 def _variants(found: object, path: Path) -> dict[str, dict]:
@@ -160,6 +150,21 @@ def _variants(found: object, path: Path) -> dict[str, dict]:
         if "arms" in variants[name]:
             variants[name]["arms"] = _names(variants[name]["arms"], f"arms of {place}", "arms of a run")
     return variants
+
+
+def _sweep(found: object, path: Path) -> tuple[str, list]:
+    """The option and its values."""
+    values = next(iter(found.values())) if isinstance(found, dict) and len(found) == 1 else None
+    is_list = isinstance(values, list) and all(isinstance(value, str | int | float) for value in values)
+    if not is_list or len(set(map(str, values))) < max(2, len(values)):
+        raise ValueError(
+            f"found sweep {found!r} in {path}, expected one option with two or more different values, such as "
+            "{bilevel.upper_iters: [25, 100]}: change sweep"
+        )
+    (option,) = found
+    if not isinstance(option, str) or option in (*SET_BY_STUDY, "arms"):
+        raise ValueError(f"found sweep of {option} in {path}, expected an option of a run: the study sets {option}")
+    return option, values
 
 
 def _names(found: object, place: str, expected: str) -> list[str]:

@@ -24,13 +24,30 @@ outside the second, so that the others stay apart."""
 def write_plot(study: Mapping, path: Path) -> None:
     """A PNG with one panel per reading; bars are standard errors of the paired differences."""
     found = results(study)
-    figure = Figure(figsize=(5.6 * len(found), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (reading, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    figure, panels = panels_beside(len(found))
+    for axes, (reading, rows) in zip(panels, found.items(), strict=True):
         _draw(axes, rows)
         axes.set_title(f"At {reading}", fontsize=10)
         axes.set_xlabel(f"gain on the guide: {study['control']} - arm, nats")
         axes.set_ylabel(f"loss elsewhere: arm - {study['control']}, nats")
+    save(figure, path)
+
+
+def panels_beside(count: int) -> tuple[Figure, list]:
+    """A figure with so many axes beside each other."""
+    figure = Figure(figsize=(5.6 * count, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def legend_below(figure: Figure, axes) -> None:
+    """The names of a panel's lines, below all panels, where they hide none."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from megatron_bliss.base.files import read_json
 from megatron_bliss.study.agreement import read_agreement
 from megatron_bliss.study.bits import read_bytes_per_token
-from megatron_bliss.study.description import Study
+from megatron_bliss.study.description import LONGER, Study
 from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.runs import StudyRun
 from megatron_bliss.study.stage_costs import read_stage_costs
+from megatron_bliss.study.sweep import read_sweep
 from megatron_bliss.study.task_results import last_results
 
 
 def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
     """{"control", "longer", "seeds", "guided", "other", "points", "bytes_per_token", "tasks", "agreement",
-    "stages"}: all that tables and plots are made from.
+    "sweep", "stages"}: all that tables and plots are made from.
 
     A point is one arm of one run: {"seed", "variant", "arm", "losses": {test set: curve}, "cost": {axis: curve},
     "peak_bytes": {"selection", "all"}, "tasks": {"accuracy", "bits_per_byte"} at its end}, its
@@ -37,7 +38,8 @@ def read_points(study: Study, runs: Sequence[StudyRun]) -> dict:
     longer = {arm: place for arm, place in study.longer.items() if place in made}
     found = {"control": study.control, "longer": longer, "seeds": study.seeds, **sides(runs), "points": points}
     found |= {"bytes_per_token": read_bytes_per_token(runs), "tasks": tasks}
-    found["agreement"] = read_agreement(study, runs)
+    variants = {name: options for name, options in study.variants.items() if not name.startswith(LONGER)}
+    found |= {"agreement": read_agreement(study, runs), "sweep": read_sweep(variants, runs, study.sweep)}
     return found | {"stages": read_stage_costs(runs)}
 
 

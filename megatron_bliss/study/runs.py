@@ -23,7 +23,8 @@ from megatron_bliss.config.parse import to_dict
 from megatron_bliss.run.checks import check
 from megatron_bliss.run.folder import check_same_run
 from megatron_bliss.run.options import parse_options
-from megatron_bliss.study.description import Study, merged
+from megatron_bliss.study.description import Study
+from megatron_bliss.study.options import merged
 
 
 @dataclass(frozen=True)

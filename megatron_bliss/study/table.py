@@ -36,12 +36,13 @@ NOTES = {
     "longer run ends before.",
 }
 """What is said of each reading."""
-SELECTION = ("selection: time", "FLOPs", "peak memory", "arm: peak memory")
-"""Columns of what an arm takes."""
+SELECTION, PEAKS = ("selection: time", "FLOPs"), ("peak memory", "arm: peak memory")
+"""Columns of what an arm's selection takes; the last is of all of its stages."""
+NO_PLOTS: Mapping[str, str] = {}
 
 
-def format_study(study: Mapping, plot: str = "") -> str:
-    """The page; ``plot``: path of the picture."""
+def format_study(study: Mapping, plots: Mapping[str, str] = NO_PLOTS) -> str:
+    """The page; ``plots``: {file name: what it shows}."""
     seeds = study["seeds"]
     note = NOTE.format(
         seeds=f"mean ± standard error over seeds {', '.join(map(str, seeds))}"
@@ -56,8 +57,7 @@ def format_study(study: Mapping, plot: str = "") -> str:
         blocks += [f"## At {reading}", NOTES[readings(study)[reading]], _table(study, rows)]
     for section in (bits_section, tasks_section, agreement_section, stage_costs_section):
         blocks += section(study)
-    if plot:
-        blocks.append(f"![Gain on the guide against loss elsewhere]({plot})")
+    blocks += [f"![{title}]({name})" for name, title in plots.items()]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -65,21 +65,22 @@ def _table(study: Mapping, rows: Mapping[str, Mapping]) -> str:
     """One row per arm: what its selection took, the guided sets' mean, each set alone."""
     alone = [*(study["guided"] if len(study["guided"]) > 1 else []), *study["other"]]
     rivals = next(iter(rows.values()))["rivals"]
-    lines = [["arm", *SELECTION, "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
+    peaks = PEAKS if any(point.get("peak_bytes") for point in study["points"]) else ()  # older studies have none
+    lines = [["arm", *SELECTION, *peaks, "guided", *alone, *(f"guided, - {rival}" for rival in rivals)]]
     for arm, row in rows.items():
         is_control = arm == study["control"]
         compared = [row["guided"], *(row["sets"][name] for name in alone)]
-        lines.append([arm, *_selection(study, arm), *(compared_cell(one, is_control) for one in compared)])
+        taken = [*_selection(study, arm), *(map(format_bytes, largest(study, arm).values()) if peaks else ())]
+        lines.append([arm, *taken, *(compared_cell(one, is_control) for one in compared)])
         lines[-1] += [difference_text(one) or "-" for one in row["rivals"].values()]
     return table(lines)
 
 
 def _selection(study: Mapping, arm: str) -> list[str]:
-    """Time and FLOPs of an arm's selection, all rounds together, the mean over seeds; largest peak memory."""
+    """Time and FLOPs of an arm's selection, all rounds together: the mean over seeds."""
     costs = [point["cost"] for point in study["points"] if label(point) == arm]
     curves = {axis: [cost[f"selection_{axis}"] for cost in costs if cost[f"selection_{axis}"]] for axis in AXES}
     mean = {
         axis: statistics.fmean(curve[-1][1] for curve in found) if found else None for axis, found in curves.items()
     }
-    time = "-" if mean["seconds"] is None else format_seconds(mean["seconds"])
-    return [time, format_flops(mean["flops"]), *map(format_bytes, largest(study, arm).values())]
+    return ["-" if mean["seconds"] is None else format_seconds(mean["seconds"]), format_flops(mean["flops"])]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,15 @@ from megatron_bliss.study.budget import Clock, Estimate, OutOfTime, check_fits, 
 from megatron_bliss.study.description import Study
 from megatron_bliss.study.execution import launcher, run_all
 from megatron_bliss.study.headline import headline
-from megatron_bliss.study.plot import write_plot
+from megatron_bliss.study.html import format_html
+from megatron_bliss.study.plots import write_plots
 from megatron_bliss.study.points import read_points, sides
 from megatron_bliss.study.probe import measure
 from megatron_bliss.study.runs import StudyRun, study_runs
 from megatron_bliss.study.table import format_study
+
+NEEDED = ("control", "longer", "seeds", "guided", "other", "points")
+"""Keys of every study.json; those of older ones have no others."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,44 @@ def run_study(study: Study, output: Path, entry: Path, limits: Limits) -> str:
 def _write(study: Study, runs: Sequence[StudyRun], output: Path) -> str:
     with atomic_file(output / "study.yaml", "w") as file:
         file.write(study.to_yaml())
-    write_json(output / "study.json", read_points(study, runs))
+    write_study(output / "study.json", read_points(study, runs))
     return write_page(output)
 
 
 def write_page(output: Path) -> str:
-    """Make plot, page and ``headline.json`` from ``study.json`` alone; returns the page."""
+    """Make plots, pages and ``headline.json`` from ``study.json`` alone; returns the page."""
     study = read_json(output / "study.json")
-    plot = "pareto.png" if study["other"] else ""
-    if plot:
-        write_plot(study, output / plot)
+    plots = write_plots(study, output)
     write_json(output / "headline.json", headline(study))
-    page = format_study(study, plot)
+    page = format_study(study, plots)
     with atomic_file(output / "study.md", "w") as file:
         file.write(page)
+    with atomic_file(output / "study.html", "w") as file:
+        file.write(format_html(page, output, output.resolve().name))
     return page
+
+
+def remake_page(given: Path, output: Path) -> str:
+    """Make plots and pages of a ``study.json`` of any name in another folder, without the runs; returns the page."""
+    study = read_json(given)
+    missing = [key for key in NEEDED if key not in study]
+    if missing:
+        raise ValueError(f"found no {', '.join(missing)} in {given}, expected a study.json: change --from")
+    output.mkdir(parents=True, exist_ok=True)
+    write_study(output / "study.json", study)
+    return write_page(output)
+
+
+def write_study(path: Path, study: Mapping) -> None:
+    """Write ``study.json``: a line per point, pair and stage, which is a fifth of a line per number."""
+    parts = []
+    for key, value in study.items():
+        is_long = isinstance(value, list) and value and isinstance(value[0], Mapping)
+        text = "[\n" + ",\n".join(map(_compact, value)) + "\n]" if is_long else _compact(value)
+        parts.append(f"{_compact(key)}: {text}")
+    with atomic_file(path, "w") as file:
+        file.write("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -30,9 +30,11 @@ def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
     return path
 
 
-def tool_command(study: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/study.py"), str(study), "--output", str(output), *options]
+def tool_command(study: Path | None, output: Path, *options: str) -> list[str]:
+    given = [] if study is None else [str(study)]
+    return [sys.executable, str(ROOT / "tools/study.py"), *given, "--output", str(output), *options]
 
 
-def run_tool(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(tool_command(study, output, *options), env=environment(), capture_output=True, text=True)
+def run_tool(study: Path | None, output: Path, *options: str) -> subprocess.CompletedProcess:
+    command = tool_command(study, output, *options)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)

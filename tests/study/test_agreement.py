@@ -62,8 +62,8 @@ def test_scores_of_other_shards_are_not_compared(given: Path, finished: Path, tm
 
 
 def test_many_arms_are_held_against_the_first() -> None:
-    names = [f"v{number}/bliss" for number in range(9)]
-    assert len(pairs(names[:8])) == 28 and pairs(names) == [(names[0], name) for name in names[1:]]
+    names = [f"v{number}/bliss" for number in range(11)]
+    assert len(pairs(names[:10])) == 45 and pairs(names) == [(names[0], name) for name in names[1:]]
     records = [
         {"seed": seed, "first": first, "second": second, "rank_correlation": 0.5 + seed / 10, "overlap": 0.25}
         for seed in (1, 2)
@@ -71,5 +71,5 @@ def test_many_arms_are_held_against_the_first() -> None:
     ]
     _, note, rows = agreement_section({"agreement": records})
     assert "Each arm against `v0/bliss`." in note and "have 20%" in note
-    assert rows.splitlines()[2] == "| v1/bliss | 0.65 ± 0.05 | 0.25 ± 0.00 |" and len(rows.splitlines()) == 10
+    assert rows.splitlines()[2] == "| v1/bliss | 0.65 ± 0.05 | 0.25 ± 0.00 |" and len(rows.splitlines()) == 12
     assert agreement_section({"agreement": []}) == agreement_section({}) == []

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_bliss.study.description import Study, merged, read_study
+from megatron_bliss.study.description import Study, read_study
+from megatron_bliss.study.options import merged
 
 GIVEN = {"arms": ["bliss", "random"], "seeds": [3, 1]}
 
@@ -73,6 +74,22 @@ def test_all_arms_that_look_at_something_can_be_held_against_each_other(tmp_path
     ]
 
 
+def test_a_sweep_makes_variants_and_runs_a_control_without_part_in_it_once(tmp_path: Path) -> None:
+    study = read(tmp_path, {**GIVEN, "sweep": {"bilevel.upper_iters": [25, 100]}})
+    assert study.variants == {
+        "upper_iters_25": {"bilevel": {"upper_iters": 25}, "arms": ["bliss", "random"]},
+        "upper_iters_100": {"bilevel": {"upper_iters": 100}, "arms": ["bliss"]},
+    }
+    assert study.control == "upper_iters_25/random"
+    assert study.sweep == {"option": "bilevel.upper_iters", "series": {"upper_iters_25": "", "upper_iters_100": ""}}
+    variants = {"a": {"selection.policy": "soft"}, "b": {"arms": ["bliss"]}}
+    study = read(tmp_path, {**GIVEN, "variants": variants, "sweep": {"selection.fraction": [0.1, 0.4]}})
+    assert list(study.variants) == ["a_fraction_0.1", "a_fraction_0.4", "b_fraction_0.1", "b_fraction_0.4"]
+    assert study.variants["a_fraction_0.4"]["selection"] == {"policy": "soft", "fraction": 0.4}
+    assert study.arms_of("a_fraction_0.4") == ["bliss", "random"] and study.arms_of("b_fraction_0.4") == ["bliss"]
+    assert study.sweep["series"]["b_fraction_0.4"] == "b" and read(tmp_path, GIVEN).sweep == {}
+
+
 def test_merging_leaves_both_as_they_were() -> None:
     first, second = {"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"z": 4, "w": 5}}, "b": {"c": 6}}
     assert merged(first, second) == {"a": {"x": 1, "y": {"z": 4, "w": 5}}, "b": {"c": 6}}
@@ -111,6 +128,15 @@ def test_merging_leaves_both_as_they_were() -> None:
         ({"agreement": ["base/bliss", "base/dsir"]}, "found agreement .*expected two or more"),
         ({"agreement": True}, r"found agreement \['base/bliss'\]"),
         ({"agreement": "bliss"}, "found 'bliss' as agreement .*expected a list of different VARIANT/ARM, or true"),
+        (
+            {"sweep": {"bilevel.upper_iters": [25]}},
+            "found sweep .*one option with two or more different values",
+        ),
+        ({"sweep": {"bilevel.upper_iters": [25, 25]}}, "found sweep"),
+        ({"sweep": {"bilevel.upper_iters": [25, 50], "rounds": [1, 2]}}, "found sweep"),
+        ({"sweep": {"bilevel.upper_iters": 25}}, "found sweep"),
+        ({"sweep": {"seed": [1, 2]}}, "found sweep of seed .*the study sets seed"),
+        ({"sweep": {"data.train_prefix": ["a/b", "c"]}}, "found a variant 'train_prefix_a/b'"),
         ({"processes": 0}, "found processes 0"),
         ({"processes": True}, "found processes True"),
     ],

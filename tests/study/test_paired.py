@@ -13,7 +13,7 @@ from megatron_bliss.study.headline import headline
 from megatron_bliss.study.paired import Spread, compare, results, spread
 from megatron_bliss.study.peaks import peaks
 from megatron_bliss.study.plot import pareto_front
-from megatron_bliss.study.table import SELECTION, format_study
+from megatron_bliss.study.table import PEAKS, SELECTION, format_study
 from megatron_bliss.study.whole import write_page
 
 
@@ -139,9 +139,10 @@ def test_the_page_follows_from_the_json_alone(study: dict, tmp_path: Path) -> No
     study["points"][3]["peak_bytes"] = {"selection": None, "all": 3 * 2**30}
     (tmp_path / "study.json").write_text(json.dumps(study))
     page = write_page(tmp_path)
-    assert page == format_study(study, "pareto.png") == (tmp_path / "study.md").read_text()
+    plots = {"pareto.png": "Gain on the guide against loss elsewhere", "curves.png": page.split("![")[2].split("]")[0]}
+    assert page == format_study(study, plots) == (tmp_path / "study.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert rows[0] == ["arm", *SELECTION, "guided", "far"] and len(rows) == 8
+    assert rows[0] == ["arm", *SELECTION, *PEAKS, "guided", "far"] and len(rows) == 8
     assert rows[2] == ["hard/random", "0:00", "-", "-", "-", "5.550 ± 0.150", "5.050 ± 0.050"]
     losses = ["4.650 ± 0.150 (-0.900 ± 0.300; 2/2)", "5.100 ± 0.100 (**+0.050 ± 0.150**; 1/2)"]
     assert rows[3] == ["hard/chosen", "0:30", "0.0 MFLOP", "2.0 GiB", "3.0 GiB", *losses]
