@@ -22,9 +22,10 @@ def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
         "arms": ["random", "dsir"],
         "base": {"config": str(corpus / "config.yaml"), **OPTIONS},
         "variants": VARIANTS,
-        "agreement": ["hard/dsir", "soft/dsir", "hard/random"],
         **keys,
     }
+    if not keys.keys() & {"arms", "variants"}:  # others may not have these
+        content["agreement"] = ["hard/dsir", "soft/dsir", "hard/random"]
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
