@@ -19,7 +19,8 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def given(corpus: Path, tmp_path_factory) -> Path:
-    return write_study(tmp_path_factory.mktemp("given"), corpus)
+    compared = ["hard/dsir", "soft/dsir", "hard/random"]
+    return write_study(tmp_path_factory.mktemp("given"), corpus, agreement=compared)
 
 
 @pytest.fixture(scope="session")

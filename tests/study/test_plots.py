@@ -94,7 +94,7 @@ def test_a_sweep_has_a_line_per_arm_and_series(tmp_path: Path) -> None:
 def test_an_option_that_variants_change_alone_is_found(
     corpus: Path, tmp_path: Path, variants: dict, expected: dict | None
 ) -> None:
-    given = read_study(write_study(tmp_path, corpus, variants=variants, agreement=False))
+    given = read_study(write_study(tmp_path, corpus, variants=variants))
     found = read_sweep(given.variants, study_runs(given, tmp_path / "out"), given.sweep)
     assert found == (None if expected is None else {"option": "selection.fraction", "points": expected})
 

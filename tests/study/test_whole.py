@@ -78,7 +78,9 @@ def test_a_shared_warm_up_gives_what_one_of_its_own_gives(given: Path, finished:
     output = tmp_path / "alone"
     content = yaml.safe_load(given.read_text())
     alone = tmp_path / "alone.yaml"
-    alone.write_text(yaml.safe_dump({**content, "seeds": [1], "variants": {"soft": content["variants"]["soft"]}}))
+    alone.write_text(
+        yaml.safe_dump({**content, "seeds": [1], "variants": {"soft": content["variants"]["soft"]}, "agreement": False})
+    )
     result = run_tool(alone, output)
     assert result.returncode == 0, result.stderr
     own = output / "runs/seed_1/soft"
