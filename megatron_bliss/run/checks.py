@@ -86,7 +86,7 @@ def check_layout(config: Config, *, world_size: int, data_parallel_size: int) ->
         if value < world_size:
             warnings.append(
                 f"{name} {value} on {world_size} ranks leaves {world_size - value} of them without a sample: a batch "
-                f"of {world_size} costs no more time"
+                f"of {world_size} costs small models no more time"
             )
     return warnings
 

@@ -130,7 +130,12 @@ def test_traffic_grows_with_the_layout() -> None:
     assert upper["vectors of the proxy"] == 3 * 4 * proxy * 2 * 7 // 8
     large = sent(plan("llama_70b_c4", world_size=64), "target training")
     assert set(large) - set(replicas) == {"activations and adjoints of layers", "gradients of norms", "between stages"}
-    assert "frozen target: weights in and out" in sent(plan("llama_70b_c4", world_size=64), "bilevel")
+    upper, moved = (
+        sent(plan("llama_70b_c4", "--bilevel.offload_target", one, world_size=64), "bilevel")
+        for one in ("false", "true")
+    )
+    weights = memory(plan("llama_70b_c4", world_size=64))["evaluate"]["parameters"]
+    assert moved.items() - upper.items() == {("frozen target: weights in and out", 2 * weights)}
     alone = plan("pythia_1b_c4", world_size=1)
     assert all(entry["flows"] == [] for entry in alone["traffic"]) and "Traffic" not in format_plan(alone)
 

@@ -24,7 +24,7 @@ from megatron_bliss.plan.sharing import busy_share, largest_union, teacher_share
 from megatron_bliss.plan.traffic import bilevel_flows, stage_flows
 from megatron_bliss.target.sequences import MicroBatch
 from megatron_bliss.target.trainer import TargetTrainer
-from tests.bilevel.trainers import CONFIG, LENGTH, make_trainer
+from tests.bilevel.trainers import ALONE, CONFIG, LENGTH, make_trainer
 from tests.distributed import run_distributed
 from tests.plan.counted import CountedBytes
 from tests.targets import LLAMA, NEOX, PRETRAINING, SEQ_LENGTH, VOCAB_SIZE, build_target, grouped, make_target
@@ -123,7 +123,7 @@ def test_a_rank_sends_in_an_upper_step_what_was_foretold() -> None:
     several = replace(untied, solver="conjugate_gradient", solver_steps=3, lower_iters=3)
     cases = [(TargetConfig(), untied), (TargetConfig(), several), (TargetConfig(**SPLIT), CONFIG)]
     ranks = run_distributed(bilevel_steps, 2, cases)
-    proxy = make_trainer(CONFIG, torch.float32, _alone(), vocab_size=VOCAB_SIZE).proxy.architecture
+    proxy = make_trainer(CONFIG, torch.float32, ALONE, vocab_size=VOCAB_SIZE).proxy.architecture
     models = Models(NEOX, proxy, ScoreArchitecture(trunk=proxy))
     for number, (target, settings) in enumerate(cases):
         config = replace(planned_config(target, "fp32", True), data=DataConfig(seq_length=LENGTH))
@@ -132,12 +132,6 @@ def test_a_rank_sends_in_an_upper_step_what_was_foretold() -> None:
         for rank in ranks:
             # batches of random lengths are narrower than foretold at times; tokens and monitors' sums come on top
             assert rank[number] == pytest.approx(foretold, rel=0.03), (number, flows, rank[number])
-
-
-def _alone():
-    from tests.bilevel.trainers import ALONE
-
-    return ALONE
 
 
 def test_rings_of_hand_made_layouts() -> None:

@@ -24,6 +24,8 @@ def write_study(folder: Path, corpus: Path, **keys: object) -> Path:
         "variants": VARIANTS,
         **keys,
     }
+    if not keys.keys() & {"arms", "variants"}:  # others may not have these
+        content["agreement"] = ["hard/dsir", "soft/dsir", "hard/random"]
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

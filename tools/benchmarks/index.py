@@ -1,4 +1,4 @@
-"""What it costs to choose a subset and to verify an index, on synthetic units, per million of them.
+"""What it costs to deal a corpus to shards, to order it, to choose a subset and to verify, per million synthetic units.
 
 The units are ``TOKENS`` tokens long and lie in a ``.bin`` of zeros that takes no room on disk; the scores are random.
 Every case runs in two processes of its own, once to warm up and once to be measured: in one for the time, and in one
@@ -20,18 +20,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_bliss.base import parallel
 from megatron_bliss.base.files import atomic_file
+from megatron_bliss.config.models import TargetConfig
+from megatron_bliss.config.platform import PlatformConfig
 from megatron_bliss.config.selection import SelectionConfig
-from megatron_bliss.data.indexed import blocks, contiguous_pointers, write_index_blocks
+from megatron_bliss.data.batches import SampleOrder
+from megatron_bliss.data.deal import deal_shards
+from megatron_bliss.data.indexed import IndexedCorpus, blocks, contiguous_pointers, write_index_blocks
 from megatron_bliss.data.manifest import adopt_manifest, manifest_path
 from megatron_bliss.data.subset import write_subset
 from megatron_bliss.data.verify import verify_corpus
 from megatron_bliss.selection.select import apply_policy
+from megatron_bliss.target.sequences import SequenceSource, TrainingSequences
 from tools.benchmarks import measure
 
 TOKENS = 8
 """Tokens of a synthetic unit: few, so that an index is measured and not the reading of ``.bin``."""
 FRACTION = 0.2
+SHARDS = 5
+"""One for the warm-up, and one for each of four rounds."""
 
 
 def subset_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
@@ -46,6 +54,22 @@ def subset_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
 def verify_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
     """Structure, bounds, digests, ids and manifest of a corpus of ``units`` units; the same keys."""
     return _in_a_process("verify", units, folder)
+
+
+def deal_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
+    """A run's first stage, on its main rank: units dealt to ``SHARDS`` shards, an index of each; the same keys."""
+    return _in_a_process("deal", units, folder)
+
+
+def order_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
+    """The shuffled order in which every rank draws samples of a shard, for its first batch; the same keys."""
+    return _in_a_process("order", units, folder)
+
+
+def sequences_seconds_per_million(units: int, folder: str | os.PathLike) -> dict:
+    """megatron-core's order of a shard that the target trains on, on the main rank: a sequence for each unit, of which
+    a fifth is trained on; the same keys."""
+    return _in_a_process("sequences", units, folder)
 
 
 def synthetic_corpus(units: int, folder: str | os.PathLike) -> str:
@@ -72,7 +96,28 @@ def _select_and_write(prefix: str, folder: Path) -> None:
     write_subset(prefix, ids, folder, label=label, policy=policy)
 
 
+def _deal(prefix: str, folder: Path) -> None:
+    for number, ids in enumerate(deal_shards(len(IndexedCorpus(prefix)), SHARDS, seed=0)):
+        write_subset(prefix, ids, folder, label=f"shard{number}", policy={"number": number})
+
+
+def _order(prefix: str, folder: Path) -> None:
+    SampleOrder(len(IndexedCorpus(prefix)), seed=0).ids(0, 1)
+
+
+def _order_for_the_target(prefix: str, folder: Path) -> None:
+    groups = parallel.initialize(PlatformConfig(device="cpu"), TargetConfig(), seed=0)
+    try:
+        source = SequenceSource(prefix, 2, TOKENS, int(FRACTION * len(IndexedCorpus(prefix))), 0)
+        TrainingSequences(source, groups, cache_folder=folder)
+    finally:
+        parallel.destroy()
+
+
 CASES: dict[str, Callable[[str, Path], object]] = {
+    "deal": _deal,
+    "order": _order,
+    "sequences": _order_for_the_target,
     "subset": _select_and_write,
     "verify": lambda prefix, folder: verify_corpus(prefix),
 }
