@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--params-dtype", choices=["fp32", "bf16"], help="of a model's trunk (default: bf16 on a GPU, fp32 on a CPU)")
     add("--memory-gib", type=float, help="bound of a batch's activations (default: 4 on a GPU, 0.25 on a CPU)")
     add("--compile", action="store_true", help="fuse a model's element-wise work: half a minute, then faster")
-    add("--threads", type=int, help="of a process (default: OMP_NUM_THREADS, else the node's cores, shared by its ranks)")
+    add("--threads", type=int, help="of a process (default: OMP_NUM_THREADS, else a rank's share of the cores)")
     add("--quiet", action="store_true", help="show no progress")
     add(
         "--export",
