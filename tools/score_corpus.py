@@ -178,6 +178,9 @@ def check(options: argparse.Namespace) -> SelectionConfig | None:
             "tools/subset_index.py, which takes --export, too"
         )
     check_row_file(options.export)
+    own = [(Path(options.output) / name).resolve() for name in ("provenance.parquet", "rejected.jsonl")]
+    if Path(options.export).resolve() in own:
+        raise ValueError(f"found --export {options.export}, a file of the scores themselves, expected another name")
     return given_selection(options)
 
 

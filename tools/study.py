@@ -11,8 +11,10 @@ makes the pages of a study.json that lies anywhere.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_bliss.base.command import command
 from megatron_bliss.study.description import KEYS, read_study
@@ -43,6 +45,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _end(number: int, frame: object) -> NoReturn:
+    """Unwind, so that the runs that were started end with the study."""
+    sys.exit(128 + number)
+
+
 @command("study", (ValueError, OSError))
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and print the tables; returns the exit status."""
@@ -54,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     if study is None:
         print(remake_page(options.given, options.output))
         return 0
+    signal.signal(signal.SIGTERM, _end)
     limits = Limits(options.only, options.max_hours, options.in_parts, options.plan)
     print(run_study(study, options.output, ROOT / "pretrain_bliss.py", limits))
     return 0

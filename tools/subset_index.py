@@ -21,13 +21,12 @@ from megatron_bliss.base.text import align
 from megatron_bliss.config.selection import SelectionConfig
 from megatron_bliss.config.settings import settings_of
 from megatron_bliss.data.compare import shares_of
-from megatron_bliss.data.indexed import IndexedCorpus
 from megatron_bliss.data.manifest import corpus_digest, manifest_path, read_manifest
 from megatron_bliss.data.subset import units_within, write_subset
 from megatron_bliss.selection.combine import COMBINATIONS, check_combination, mean_score
 from megatron_bliss.selection.command_line import add_policy_options, given_selection
 from megatron_bliss.selection.export import TEXTS, Exported, check_export, export_units, plan_text
-from megatron_bliss.selection.score_files import load_npy
+from megatron_bliss.selection.score_files import load_unit_scores
 from megatron_bliss.selection.select import apply_policy, selection_lines
 
 
@@ -47,12 +46,7 @@ def read_scores(path: str, prefix: str) -> np.ndarray:
             f"{record_path} is for a corpus with digest {str(found)[:12]}, but {prefix} has "
             f"{digest[:12]}: score this corpus, or give the one that was scored"
         )
-    scores = load_npy(path)
-    if scores.shape != (len(IndexedCorpus(prefix)),) or scores.dtype.kind not in "fiu":
-        raise ValueError(
-            f"{path} has shape {list(scores.shape)} of {scores.dtype}, expected one number for each unit of {prefix}"
-        )
-    return np.array(scores)
+    return load_unit_scores(path, prefix)
 
 
 def read_excluded(item: str, prefix: str) -> np.ndarray:

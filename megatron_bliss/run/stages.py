@@ -11,8 +11,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from megatron_bliss.arms import ARMS
 from megatron_bliss.arms.inputs import Inputs
 from megatron_bliss.base import checkpoint
@@ -41,6 +39,7 @@ from megatron_bliss.run.score_starts import Start, start_score_model
 from megatron_bliss.run.scorers import drift, keep_scorer
 from megatron_bliss.run.session import FINAL_STATE, Round, Session, derive_seed, warmup
 from megatron_bliss.run.target_stages import load_saved_target, target_checkpoint
+from megatron_bliss.selection.score_files import load_unit_scores
 from megatron_bliss.selection.score_pass import save_array
 from megatron_bliss.selection.select import apply_policy, repetition_warnings, selection_lines
 from megatron_bliss.target.checkpoint import load_moments
@@ -230,7 +229,7 @@ def select_units(this: Round, folder: Path) -> dict:
         if session.groups.is_main:
             settings = read_json(score_folder / "scores.json")
             _check_scores_belong(settings, prefix, score_folder)
-            scores = np.load(score_folder / "scores.npy", allow_pickle=False)
+            scores = load_unit_scores(score_folder / "scores.npy", prefix)
             seed = this.seed("select")
             ids, policy, label = apply_policy(prefix, scores, selection, seed=seed, round_tokens=tokens_needed)
             selected = write_subset(prefix, ids, folder, label=label, policy=policy, extra={"scores": settings})

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_bliss.base.files import read_json
-from megatron_bliss.data.indexed import blocks
+from megatron_bliss.data.indexed import IndexedCorpus, blocks
 from megatron_bliss.data.manifest import corpus_digest
 from megatron_bliss.data.provenance import provenance_codes, read_provenance
 from megatron_bliss.selection.score_tables import NAME, NUMBER, TABLES, WHOLE, Columns, has_column, table_kind
@@ -129,6 +129,16 @@ def load_npy(path: str | os.PathLike) -> np.ndarray:
     if not isinstance(found, np.ndarray):
         raise ValueError(f"found an archive of arrays in {path}, expected one array: save it by numpy.save")
     return found
+
+
+def load_unit_scores(path: str | os.PathLike, prefix: str | os.PathLike) -> np.ndarray:
+    """Numbers [units] of a ``.npy`` that this program wrote for a corpus, in memory; ValueError for anything else."""
+    scores = load_npy(path)
+    if scores.shape != (len(IndexedCorpus(prefix)),) or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{path} has shape {list(scores.shape)} of {scores.dtype}, expected one number for each unit of {prefix}"
+        )
+    return np.array(scores)
 
 
 class _Places:

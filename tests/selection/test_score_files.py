@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from megatron_bliss.data.subset import write_subset
-from megatron_bliss.selection.score_files import load_npy, read_matched_scores, read_scores_column
+from megatron_bliss.selection.score_files import load_npy, load_unit_scores, read_matched_scores, read_scores_column
 from tests.data.corpora import documents, write_corpus
 from tests.data.ingest.source_files import make, write_source
 
@@ -206,3 +206,19 @@ def test_matching_asks_for_columns_and_provenance(tmp_path, corpus):
     path = write_table(tmp_path / "t.parquet", {"file": files, "line": lines, "s": lines})
     with pytest.raises(ValueError, match="does not exist, so no unit's file is known"):
         read_matched_scores(path, "s", tmp_path / "Y")
+
+
+def test_a_runs_own_scores_are_one_number_for_each_unit(tmp_path, prefix):
+    """``prefix`` has one unit."""
+    for name, found in {
+        "short": np.zeros(0), "long": np.zeros(2), "square": np.zeros((1, 1)), "fields": np.zeros(1, "f4,f4"),
+    }.items():  # fmt: skip
+        np.save(tmp_path / f"{name}.npy", found)
+        with pytest.raises(ValueError, match=f"{name}.npy has shape .*, expected one number for each unit of"):
+            load_unit_scores(tmp_path / f"{name}.npy", prefix)
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000,), }"
+    (tmp_path / "claims.npy").write_bytes(npy_header(header) + bytes(4))
+    with pytest.raises(ValueError, match="expected a .npy file of numbers"):
+        load_unit_scores(tmp_path / "claims.npy", prefix)
+    np.save(tmp_path / "scores.npy", np.float32([0.5]))
+    assert load_unit_scores(tmp_path / "scores.npy", prefix).tolist() == [0.5]

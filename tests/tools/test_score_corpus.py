@@ -125,6 +125,9 @@ def test_what_cannot_be_scored_is_told_before_it_begins(finished: Path, tmp_path
     there = ["--fraction", "0.1", "--export", str(tmp_path / "folder.jsonl")]
     assert score_corpus.main([*arguments, "--input", "x.jsonl", *there]) == 1
     assert "found a folder" in capsys.readouterr().err
+    there = ["--fraction", "0.1", "--export", str(tmp_path / "out" / "rejected.jsonl")]
+    assert score_corpus.main([*arguments, "--input", "x.jsonl", *there]) == 1
+    assert "a file of the scores themselves" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         score_corpus.main([*arguments, "--input", "x.jsonl", "--device", "gpu"])
     assert not (tmp_path / "out").exists()
