@@ -1,8 +1,10 @@
 """tools/benchmark.py bilevel: the keys it promises, true peaks, and what happens when a case dies."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
